@@ -1,0 +1,1 @@
+"""The kernel's FUSE protocol, spoken directly on the device, and the volume behind it."""

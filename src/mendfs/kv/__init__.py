@@ -1,0 +1,1 @@
+"""Ordered keys with optimistic transactions: one interface, several engines, one conformance suite."""

@@ -1,0 +1,1 @@
+"""The meta server: namespace, sessions, commits, freeing and members, as functions over transactions."""
