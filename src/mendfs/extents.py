@@ -56,20 +56,24 @@ def punch(extents: Sequence[Extent], begin: int, end: int) -> tuple[Extent, ...]
 
 def overlay(older: Sequence[Extent], newer: Iterable[Extent]) -> tuple[Extent, ...]:
     """`newer`, one after the other, over `older`."""
-    result = tuple(older)
+    result = list(older)
     for extent in newer:
-        rest = punch(result, extent.offset_in_slot, extent.end_in_slot)
-        result = tuple(sorted((*rest, extent), key=lambda each: each.offset_in_slot))
-    return result
+        if result and extent.offset_in_slot < result[-1].end_in_slot:
+            result = list(punch(result, extent.offset_in_slot, extent.end_in_slot))
+        # Found by position, not by sorting: writers mostly append.
+        at = len(result)
+        while at > 0 and result[at - 1].offset_in_slot > extent.offset_in_slot:
+            at -= 1
+        result.insert(at, extent)
+    return tuple(result)
 
 
-def add_cut(cuts: Sequence[Cut], size: int) -> tuple[Cut, ...]:
-    """The cuts after one more truncation to `size` bytes.
+def add_cut(cuts: Sequence[Cut], *, number: int, size: int) -> tuple[Cut, ...]:
+    """The cuts after one more truncation to `size` bytes, the inode's cut number being `number` from now on.
 
-    A cut to no less than a later one's size says nothing any more, so sizes only rise with the numbers; the newest
-    is always kept, for its number is the inode's cut number.
+    A cut to no less than a later one's size says nothing any more, so sizes only rise with the numbers.
     """
-    number = cuts[-1].number + 1 if cuts else 1
+    assert not cuts or cuts[-1].number < number, "cut numbers only rise: an inode never gives one twice"
     return (*(cut for cut in cuts if cut.size < size), Cut(number, size))
 
 
