@@ -5,7 +5,7 @@ import stat
 
 import msgspec
 
-from mendfs.errors import OperationError
+from mendfs.errors import NotReady, OperationError
 from mendfs.extents import add_cut
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
@@ -49,7 +49,7 @@ def _resize(tx: Transaction, record: schema.InodeRecord, size: int) -> schema.In
         raise OperationError(errno.EFBIG if size > 0 else errno.EINVAL)
     if size < attributes.size:
         if len(record.cuts) >= CUTS_MAX:
-            raise OperationError(errno.EAGAIN, "too many truncations wait for the background")
+            raise NotReady(f"inode {attributes.inode}: {CUTS_MAX} truncations wait for the background")
         number = record.cut_number + 1
         record = msgspec.structs.replace(
             record, cut_number=number, cuts=add_cut(record.cuts, number=number, size=size)
