@@ -6,7 +6,7 @@ changed since it began raises Conflict, at the read or at the commit. `run` does
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from mendfs.errors import Conflict
 from mendfs.model import CommitSequence
@@ -19,6 +19,7 @@ ATTEMPTS_MAX = 100
 """Conflicts in a row before `run` gives up: with one process they are rare, and a hundred mean a livelock of ours."""
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 
 class Transaction(Protocol):
@@ -83,8 +84,13 @@ class Engine(Protocol):
         ...
 
 
-async def run(engine: Engine, operation: Callable[[Transaction], Awaitable[Result]]) -> tuple[Result, CommitSequence]:
-    """Run `operation` in a transaction and commit it, again after each Conflict. Returns its result and the sequence.
+async def run(
+    engine: Engine,
+    operation: Callable[Concatenate[Transaction, Arguments], Awaitable[Result]],
+    *args: Arguments.args,
+    **kwargs: Arguments.kwargs,
+) -> tuple[Result, CommitSequence]:
+    """Run `operation(transaction, *args)` and commit it, again after each Conflict. Returns its result and the sequence.
 
     The operation must have no effect outside its transaction: it may run several times.
     """
@@ -92,7 +98,7 @@ async def run(engine: Engine, operation: Callable[[Transaction], Awaitable[Resul
     while True:
         transaction = engine.begin()
         try:
-            result = await operation(transaction)
+            result = await operation(transaction, *args, **kwargs)
             return result, await engine.commit(transaction)
         except Conflict:
             attempt += 1

@@ -22,6 +22,8 @@ from mendfs.wire.messages import meta as messages
 
 EXTENTS_MAX = 12_000
 """Extents a slot may have: at about 70 bytes each they must stay below the engine's limit of 1 MiB a transaction."""
+SLOTS_READ_MAX = 1024
+"""Slots one query may ask for."""
 
 
 def _check_extent(extent: Extent, new: dict[tuple[int, int], messages.NewBlock], volume: Volume) -> None:

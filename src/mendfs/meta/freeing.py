@@ -106,6 +106,11 @@ async def forget(tx: Transaction, dead: list[DeadBlock], volume: str) -> None:
     await tallies.apply(tx)
 
 
+async def opened_unlinked(tx: Transaction, session: SessionId, inodes: tuple[Inode, ...]) -> tuple[Inode, ...]:
+    """Those of `inodes` that the session has open though they lost their last name."""
+    return tuple([inode for inode in inodes if await tx.get(schema.open_unlinked_key(inode, session)) is not None])
+
+
 async def close_unlinked(tx: Transaction, session: SessionId, inodes: tuple[Inode, ...]) -> None:
     """The session has these open no more."""
     for inode in inodes:

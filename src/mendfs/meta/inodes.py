@@ -63,6 +63,11 @@ def visible(record: schema.InodeRecord) -> Attributes:
     return attributes
 
 
+async def read_attributes(tx: Transaction, inode: Inode) -> Attributes:
+    """The attributes as they are shown. Raises ENOENT."""
+    return visible(await find(tx, inode))
+
+
 def new_record(
     inode: Inode, *, generation: int, mode: int, uid: int, gid: int, now_ns: int, version: CommitSequence
 ) -> schema.InodeRecord:

@@ -5,7 +5,7 @@ writes no longer wait for it. Time counts only while the meta server itself ran:
 after a pause of its own every server's clock begins anew.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -73,7 +73,7 @@ class Members:
         self._members = {member.number: member for member in members}
         self._ticked_s: float | None = None
 
-    def __iter__(self) -> "Iterable[Member]":  # type: ignore[override]  # a plain view, sorted by number
+    def __iter__(self) -> Iterator[Member]:
         return iter([self._members[number] for number in sorted(self._members)])
 
     def __len__(self) -> int:

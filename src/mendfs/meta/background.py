@@ -1,0 +1,205 @@
+"""What a meta server does unasked: leases, clocks, the log's sync, and freeing. Loops over small transactions.
+
+Freeing works on synced truth only (design section 5): note the commit sequence, sync every data server that is up, sync
+the log, and only then delete what died at or before the noted sequence. No power cut can bring back a file whose
+blocks are gone, or leave only a newer version that was lost.
+"""
+
+import asyncio
+
+import structlog
+
+from mendfs.errors import Conflict, EngineFailed, Fenced, MendfsError
+from mendfs.kv.engine import Transaction, run
+from mendfs.meta import freeing, truncate
+from mendfs.meta.members import TICK_S
+from mendfs.meta.ranges import end as end_session
+from mendfs.meta.schema import Kind, all_of, open_unlinked_key
+from mendfs.meta.sessions import Session, purge_answers
+from mendfs.meta.state import DATA_CALL_S, State
+from mendfs.model import CommitSequence, Inode, Partition, ServerNumber, SessionId, Slot
+from mendfs.wire.messages import data as data_messages
+
+log = structlog.get_logger("meta")
+
+SYNC_EVERY_S = 1.0
+"""Changes that nobody synced are durable after this, data servers first."""
+FREE_EVERY_S = 1.0
+"""Rounds are at most this frequent: each costs a sync of every data server."""
+DEAD_A_ROUND = 500
+PURGE_EVERY_S = 60.0
+
+
+async def tick_forever(state: State) -> None:
+    """Members' clocks and sessions' leases."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(TICK_S)
+        await state.act(state.members.tick(loop.time()))
+        for session in state.sessions.due(loop.time()):
+            log.warning("session lost: no renewal within its lease", session=session.id, client=session.client)
+            await close_session(state, session)
+
+
+async def close_session(state: State, session: Session) -> None:
+    """End a session: no commit of it can come after, and what only it held open may be freed."""
+    await run(state.engine, end_session, session.id, state.world.now_ns())
+    state.sessions.remove(session.id)
+    await run(state.engine, _forget_opens, session.id)
+    state.work.set()
+
+
+async def _forget_opens(tx: Transaction, session: SessionId) -> None:
+    """Remove the session's opens of unlinked inodes, as many as a transaction takes; `sweep_opens` finds the rest."""
+    removed = 0
+    for key, _ in await tx.range(*all_of(Kind.OPEN_UNLINKED), limit=10_000):
+        if int.from_bytes(key[9:], "big") == session and removed < 90:
+            tx.delete(key)
+            removed += 1
+
+
+async def _sweep_opens(state: State) -> None:
+    """Remove opens whose session is gone."""
+
+    async def operation(tx: Transaction) -> None:
+        stale = [
+            (Inode(int.from_bytes(key[1:9], "big")), SessionId(int.from_bytes(key[9:], "big")))
+            for key, _ in await tx.range(*all_of(Kind.OPEN_UNLINKED), limit=10_000)
+        ]
+        for inode, session in [pair for pair in stale if state.sessions.get(pair[1]) is None][:90]:
+            tx.delete(open_unlinked_key(inode, session))
+
+    await run(state.engine, operation)
+
+
+async def sync_forever(state: State) -> None:
+    """A dirty log is synced at least once a second, data servers first."""
+    while True:
+        await asyncio.sleep(SYNC_EVERY_S)
+        if state.engine.last_sequence > state.engine.synced_sequence:
+            await state.sync_data()
+            await state.sync_log()
+
+
+async def purge_forever(state: State) -> None:
+    """Answers of sessions that ended long ago."""
+    while True:
+        await asyncio.sleep(PURGE_EVERY_S)
+        while (await run(state.engine, purge_answers, state.world.now_ns()))[0]:
+            await asyncio.sleep(0)
+
+
+async def free_forever(state: State) -> None:
+    """Cuts, unlinked inodes, dropped references, and rounds of deletion, when there is something to do."""
+    loop = asyncio.get_running_loop()
+    state.work.set()
+    while True:
+        await state.work.wait()
+        state.work.clear()
+        if state.in_grace(loop.time()):
+            await asyncio.sleep(TICK_S)
+            state.work.set()
+            continue
+        try:
+            again = await free_once(state)
+        except (Conflict, Fenced) as error:
+            state.troubles["freeing"] = f"freeing stopped: {error}"
+            log.error("freeing stopped", error=str(error))
+            again = not isinstance(error, Fenced)
+        await asyncio.sleep(FREE_EVERY_S)
+        if again:
+            state.work.set()
+
+
+async def free_once(state: State) -> bool:
+    """One pass over everything that waits. True if something is left for the next."""
+    await _apply_cuts(state)
+    await _sweep_opens(state)
+    await _free_inodes(state)
+    while (await run(state.engine, freeing.take_references))[0]:
+        await asyncio.sleep(0)
+    return await free_round(state)
+
+
+async def _apply_cuts(state: State) -> None:
+    while (inode := (await run(state.engine, truncate.next_cutting))[0]) is not None:
+        applied, _ = await run(state.engine, truncate.current_cut, inode)
+        slot: Slot | None = Slot(0)
+        while slot is not None:
+            slot, _ = await run(state.engine, truncate.apply_cuts, inode, slot, state.volume)
+            await asyncio.sleep(0)
+        await run(state.engine, truncate.finish_cuts, inode, applied or 0)
+
+
+async def _free_inodes(state: State) -> None:
+    """Free the unlinked inodes that nobody has open."""
+    after = Inode(0)
+    while found := (await run(state.engine, freeing.unlinked_inodes, after))[0]:
+        for inode in found:
+            if (await run(state.engine, freeing.is_open, inode))[0]:
+                # Its last close, or its session's end, wakes us.
+                continue
+            while not (await run(state.engine, freeing.free_inode, inode))[0]:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        after = found[-1]
+
+
+async def free_round(state: State) -> bool:
+    """Delete what died before everything was synced. True if more waits, or a server that is up did not do its part."""
+    noted = state.engine.last_sequence
+    if not (await run(state.engine, freeing.dead_blocks, noted, 1))[0]:
+        return False
+    if not await state.sync_data():
+        return True
+    await state.sync_log()
+    dead, _ = await run(state.engine, freeing.dead_blocks, noted, DEAD_A_ROUND)
+    orders, _ = await run(state.engine, freeing.holders, dead)
+    synced = state.engine.synced_sequence
+    done = await asyncio.gather(*(_delete_on(state, server, blocks, synced) for server, blocks in orders.items()))
+    if not all(done):
+        return True
+    step = freeing.BLOCKS_FORGOTTEN_A_STEP
+    for start in range(0, len(dead), step):
+        part = dead[start : start + step]
+        await run(state.engine, freeing.forget, part, state.volume.id)
+        await asyncio.sleep(0)
+    log.debug("blocks freed", blocks=len(dead), sequence=noted)
+    state.troubles.pop("freeing", None)
+    return True
+
+
+async def _delete_on(
+    state: State, server: ServerNumber, blocks: list[tuple[Partition, freeing.BlockId]], synced: CommitSequence
+) -> bool:
+    """Order one server to delete. A server that is down keeps garbage, which reconcile finds when it is back."""
+    member = state.members.get(server)
+    if member is None or member.down:
+        return True
+    peer = state.data_peers.get(server)
+    if peer is None:
+        return False
+    order = data_messages.DeleteBlocks(generation=state.generation, sequence=synced, blocks=tuple(blocks))
+    try:
+        await peer.call(order, deadline_s=DATA_CALL_S)
+    except Fenced:
+        raise
+    except MendfsError as error:
+        log.warning("data server did not delete", server=server, blocks=len(blocks), error=str(error))
+        return False
+    return True
+
+
+LOOPS = (tick_forever, sync_forever, free_forever, purge_forever)
+
+
+async def run_loops(state: State) -> None:
+    """All loops until cancelled. An engine that fails ends the server, not only the loop that met it."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for loop in LOOPS:
+                group.create_task(loop(state), name=loop.__name__)
+    except* EngineFailed as failures:
+        error = failures.exceptions[0]
+        assert isinstance(error, EngineFailed)
+        state.fail(error)

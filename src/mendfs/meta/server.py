@@ -1,0 +1,268 @@
+"""The meta server: requests to operations. The only module of `meta`, with `background`, that awaits the network.
+
+A query is one transaction; a change is one transaction that also stores its answer (`sessions.answered_once`). Between
+two awaits of the network nothing else runs, and transactions on the embedded engine await nothing: so a request is
+done whole or, when its connection ends first, not at all.
+"""
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from mendfs.errors import BadMessage, EngineFailed, OperationError, UsageError
+from mendfs.kv.engine import Engine, Transaction, run
+from mendfs.meta import attributes, background, namespace, ranges, status, volume
+from mendfs.meta import blocks as block_operations
+from mendfs.meta import commit as commits
+from mendfs.meta.inodes import read_attributes, visible
+from mendfs.meta.registry import Registry
+from mendfs.meta.sessions import Answer, Session, answered_once
+from mendfs.meta.state import State
+from mendfs.model import Attributes, Slot
+from mendfs.wire.messages import Message
+from mendfs.wire.messages import meta as messages
+from mendfs.wire.messages import session as session_messages
+from mendfs.wire.peer import Credentials, Peer, Received, Reply, Server, serve
+from mendfs.world import World
+
+log = structlog.get_logger("meta")
+
+STAT_FILES_MAX = 100_000
+"""Files are counted up to here for statfs: a rough number is enough and must not cost seconds."""
+
+Result = TypeVar("Result")
+Handler = Callable[[Peer, Any], Awaitable[msgspec.Struct]]
+
+
+class MetaOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a meta server runs."""
+
+    listen: str
+    """HOST:PORT, or the path of a Unix socket."""
+
+
+class MetaServer:
+    """One meta server over one engine."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.registry = Registry(state)
+        self._server: Server | None = None
+        self._loops: asyncio.Task[None] | None = None
+        self._handlers: dict[type, Handler] = {
+            **self.registry.handlers(),
+            messages.Lookup: self._lookup,
+            messages.GetAttributes: self._get_attributes,
+            messages.OpenInode: self._open_inode,
+            messages.GetExtents: self._get_extents,
+            messages.ListDirectory: self._list_directory,
+            messages.ReadLink: self._read_link,
+            messages.GetXattr: self._get_xattr,
+            messages.ListXattr: self._list_xattr,
+            messages.StatVolume: self._stat_volume,
+            messages.Make: self._make,
+            messages.Link: self._link,
+            messages.Unlink: self._unlink,
+            messages.Rename: self._rename,
+            messages.SetAttributes: self._set_attributes,
+            messages.SetXattr: self._set_xattr,
+            messages.RemoveXattr: self._remove_xattr,
+            messages.Commit: self._commit,
+            messages.AcknowledgeLate: self._acknowledge_late,
+            messages.SyncLog: self._sync_log,
+            messages.GetStatus: self._get_status,
+            messages.LocateBlocks: self._locate_blocks,
+        }
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        assert self._server is not None, "started before it is asked"
+        return self._server.address
+
+    async def start(self, options: MetaOptions, secret: bytes) -> None:
+        """Listen and begin the background work."""
+        self._server = await serve(
+            self.state.world.network,
+            options.listen,
+            Credentials(secret, self.state.volume.id),
+            role="meta",
+            handler=self.handle,
+            on_closed=self.registry.peer_closed,
+        )
+        self._loops = asyncio.create_task(background.run_loops(self.state), name="meta loops")
+
+    async def close(self) -> None:
+        """Stop: no more requests, everything answered is synced, data servers first."""
+        if self._server is not None:
+            await self.state.sync_data()
+            await self._server.close()
+        if self._loops is not None:
+            self._loops.cancel()
+            await asyncio.gather(self._loops, return_exceptions=True)
+        await self.state.engine.close()
+
+    async def handle(self, peer: Peer, message: Message, received: Received | None) -> Reply | msgspec.Struct:
+        """Answer one request."""
+        if received is not None:
+            received.release()
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise BadMessage(f"a meta server does not answer {type(message).__name__}")
+        try:
+            return await handler(peer, message)
+        except EngineFailed as error:
+            self.state.fail(error)
+            raise
+
+    # Queries
+
+    async def _read(self, operation: Callable[..., Awaitable[Result]], *args: Any) -> Result:
+        return (await run(self.state.engine, operation, *args))[0]
+
+    def _found(self, found: Attributes) -> messages.Found:
+        return messages.Found(found, self.state.engine.last_sequence)
+
+    async def _lookup(self, peer: Peer, request: messages.Lookup) -> messages.Found:
+        return self._found(await self._read(namespace.lookup, request.parent, request.name))
+
+    async def _get_attributes(self, peer: Peer, request: messages.GetAttributes) -> messages.Found:
+        return self._found(await self._read(read_attributes, request.inode))
+
+    async def _open_inode(self, peer: Peer, request: messages.OpenInode) -> messages.Opened:
+        session = self.registry.session_of(peer)
+        record, slots, complete = await self._read(
+            commits.read_extents, request.inode, Slot(0), messages.OPEN_SLOTS_MAX, self.state.volume
+        )
+        if record.attributes.nlink == 0 and request.inode not in session.opens:
+            raise OperationError(errno.ENOENT, f"inode {request.inode} has no name any more")
+        self.state.sessions.opened(session, (request.inode,))
+        return messages.Opened(visible(record), slots, complete, self.state.engine.last_sequence)
+
+    async def _get_extents(self, peer: Peer, request: messages.GetExtents) -> messages.Extents:
+        if not 0 < request.count <= commits.SLOTS_READ_MAX:
+            raise BadMessage(f"extents of {request.count} slots asked for; up to {commits.SLOTS_READ_MAX} at once")
+        record, slots, complete = await self._read(
+            commits.read_extents, request.inode, request.first, request.count, self.state.volume
+        )
+        found = record.attributes
+        return messages.Extents(slots, complete, found.size, found.version, self.state.engine.last_sequence)
+
+    async def _list_directory(self, peer: Peer, request: messages.ListDirectory) -> messages.Listing:
+        return await self._read(namespace.list_directory, request)
+
+    async def _read_link(self, peer: Peer, request: messages.ReadLink) -> messages.LinkTarget:
+        return messages.LinkTarget(await self._read(attributes.read_link, request.inode))
+
+    async def _get_xattr(self, peer: Peer, request: messages.GetXattr) -> messages.XattrValue:
+        return messages.XattrValue(await self._read(attributes.get_xattr, request.inode, request.name))
+
+    async def _list_xattr(self, peer: Peer, request: messages.ListXattr) -> messages.XattrNames:
+        return messages.XattrNames(await self._read(attributes.list_xattr, request.inode))
+
+    async def _stat_volume(self, peer: Peer, request: messages.StatVolume) -> messages.VolumeStat:
+        return status.volume_stat(self.state, await volume.count_inodes(self.state.engine, STAT_FILES_MAX))
+
+    async def _get_status(self, peer: Peer, request: messages.GetStatus) -> messages.StatusReport:
+        return messages.StatusReport(await status.status_document(self.state))
+
+    async def _locate_blocks(self, peer: Peer, request: messages.LocateBlocks) -> messages.BlocksLocated:
+        return messages.BlocksLocated(await self._read(status.locate, request.blocks))
+
+    # Changes
+
+    async def _change(
+        self, session: Session, at: messages.RequestId, operation: Callable[[Transaction], Awaitable[Answer]]
+    ) -> Answer:
+        answer, _ = await run(self.state.engine, answered_once, session.id, at, operation)
+        return answer
+
+    async def _found_change(
+        self, peer: Peer, request: Any, operation: Callable[..., Awaitable[Attributes]], *args: Any
+    ) -> Answer:
+        async def change(tx: Transaction) -> Answer:
+            return messages.Found(await operation(tx, request, *args), tx.sequence())
+
+        return await self._change(self.registry.session_of(peer), request.at, change)
+
+    async def _make(self, peer: Peer, request: messages.Make) -> Answer:
+        session = self.registry.session_of(peer)
+
+        async def change(tx: Transaction) -> Answer:
+            await ranges.check_owned(tx, "inode", request.inode, session.id)
+            return messages.Found(await namespace.make(tx, request, self.state.generation), tx.sequence())
+
+        answer = await self._change(session, request.at, change)
+        if request.open:
+            self.state.sessions.opened(session, (request.inode,))
+        return answer
+
+    async def _link(self, peer: Peer, request: messages.Link) -> Answer:
+        return await self._found_change(peer, request, namespace.link)
+
+    async def _removal(self, peer: Peer, request: Any, operation: Callable[..., Awaitable[Attributes | None]]) -> Answer:
+        async def change(tx: Transaction) -> Answer:
+            return messages.Removed(await operation(tx, request, self.state.sessions), tx.sequence())
+
+        answer = await self._change(self.registry.session_of(peer), request.at, change)
+        self.state.work.set()
+        return answer
+
+    async def _unlink(self, peer: Peer, request: messages.Unlink) -> Answer:
+        return await self._removal(peer, request, namespace.unlink)
+
+    async def _rename(self, peer: Peer, request: messages.Rename) -> Answer:
+        return await self._removal(peer, request, namespace.rename)
+
+    async def _set_attributes(self, peer: Peer, request: messages.SetAttributes) -> Answer:
+        try:
+            return await self._found_change(peer, request, attributes.set_attributes)
+        finally:
+            if request.size is not None:
+                self.state.work.set()
+
+    async def _set_xattr(self, peer: Peer, request: messages.SetXattr) -> Answer:
+        return await self._found_change(peer, request, attributes.set_xattr)
+
+    async def _remove_xattr(self, peer: Peer, request: messages.RemoveXattr) -> Answer:
+        return await self._found_change(peer, request, attributes.remove_xattr)
+
+    async def _commit(self, peer: Peer, request: messages.Commit) -> Answer:
+        session = self.registry.session_of(peer)
+
+        async def change(tx: Transaction) -> Answer:
+            return await commits.commit(tx, request, session.id, self.state.volume)
+
+        answer = await self._change(session, request.at, change)
+        self.state.work.set()
+        return answer
+
+    async def _acknowledge_late(self, peer: Peer, request: messages.AcknowledgeLate) -> Answer:
+        async def change(tx: Transaction) -> Answer:
+            await block_operations.acknowledge_late(tx, request.server, request.blocks)
+            return session_messages.Done()
+
+        return await self._change(self.registry.session_of(peer), request.at, change)
+
+    async def _sync_log(self, peer: Peer, request: messages.SyncLog) -> messages.LogSynced:
+        await self.state.sync_log()
+        return messages.LogSynced(self.state.engine.synced_sequence)
+
+
+async def start_meta(world: World, engine: Engine, options: MetaOptions, secret: bytes) -> MetaServer:
+    """Open the volume in `engine` and serve it. Raises UsageError if the engine holds no volume."""
+    parameters = await volume.read_volume(engine)
+    if parameters is None:
+        raise UsageError("the meta server's folder holds no volume; make one with `mendfs up` or `mendfs format`")
+    generation = await volume.raise_generation(engine)
+    state = State(world, engine, parameters, generation)
+    await state.load(asyncio.get_running_loop().time())
+    server = MetaServer(state)
+    await server.start(options, secret)
+    log.info("meta server up", address=server.address, volume=parameters.id, generation=generation)
+    return server
+
