@@ -1,0 +1,118 @@
+"""Frames: a header of 32 bytes, a message, a payload (docs/formats/frame.md). Sans-I/O: bytes in, values out.
+
+Lengths are checked before anybody reserves memory for them. Whatever the bytes, only BadFrame or BadMessage is raised.
+The checksum covers header and message; a payload is a block's bytes, and those have checksums end to end.
+"""
+
+import struct
+from enum import IntEnum
+
+import msgspec
+from xxhash import xxh3_64_intdigest
+
+from mendfs.errors import BadFrame, BadMessage
+from mendfs.model import MiB
+from mendfs.wire.messages import Message
+from mendfs.wire.messages.session import Hello, Proof
+
+MAGIC = b"MFS1"
+VERSION = 1
+HEADER_BYTES = 32
+MESSAGE_BYTES_MAX = 2 * MiB
+"""A transaction holds 1 MiB at most; the largest answer, a table of 65,536 rows, stays below this."""
+PAYLOAD_BYTES_MAX = 16 * MiB
+"""The largest block a volume can be formatted with."""
+STRANGER_MESSAGE_BYTES_MAX = 4096
+"""What a side that has not yet proved that it knows the secret may send in one message; it may send no payload."""
+DEADLINE_MS_MAX = (1 << 32) - 1
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    REQUEST = 1
+    ANSWER = 2
+    FAILURE = 3
+    """An answer whose message is a `Failure`."""
+    PUSH = 4
+    """Expects no answer."""
+    CANCEL = 5
+    """The caller waits no more for the request with this id. No message, no payload."""
+
+
+# Plain numbers for comparisons in the hot path: reading a member of an enum costs a lookup in its class.
+REQUEST, ANSWER, FAILURE, PUSH, CANCEL = (int(kind) for kind in Kind)
+
+_HEADER = struct.Struct(">4sBBHQIIII")
+_UNSEALED = struct.Struct(">4sBBHQIII")
+_CHECKSUM = struct.Struct(">I")
+_CHECKED_BYTES = _UNSEALED.size
+assert _HEADER.size == HEADER_BYTES and _CHECKED_BYTES + _CHECKSUM.size == HEADER_BYTES
+
+_encode_message = msgspec.msgpack.Encoder().encode
+_decode_any: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)  # type: ignore[arg-type] # a union
+# Strangers get a decoder of their own: what they send must not even reach the types of the others.
+_decode_stranger: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Hello | Proof)  # type: ignore[arg-type]
+
+
+class Header(msgspec.Struct, frozen=True, gc=False):
+    """A header whose lengths are within the limits. Its checksum is only checked together with the message."""
+
+    kind: int
+    request_id: int
+    message_bytes: int
+    payload_bytes: int
+    deadline_ms: int
+    """How long the caller still waits; 0: it did not say."""
+    checksum: int
+    checked: bytes
+    """The bytes of the header that the checksum covers."""
+
+
+def encode(kind: int, request_id: int, message: Message | None, payload_bytes: int = 0, deadline_ms: int = 0) -> bytes:
+    """Header and message of a frame; `payload_bytes` bytes of payload are to follow. None: no message (a cancel)."""
+    raw = b"" if message is None else _encode_message(message)
+    if len(raw) > MESSAGE_BYTES_MAX:
+        raise BadMessage(f"{type(message).__name__} takes {len(raw)} bytes; a message has at most {MESSAGE_BYTES_MAX}")
+    assert payload_bytes <= PAYLOAD_BYTES_MAX, "nobody makes a block bigger than the largest block size"
+    unsealed = _UNSEALED.pack(MAGIC, VERSION, kind, 0, request_id, len(raw), payload_bytes, deadline_ms)
+    return b"".join((unsealed, _CHECKSUM.pack(xxh3_64_intdigest(unsealed + raw) & 0xFFFFFFFF), raw))
+
+
+def parse_header(data: Buffer, start: int = 0, *, is_stranger: bool = False) -> Header:
+    """The header in the 32 bytes of `data` from `start` on. Raises BadFrame; then nothing after it can be trusted."""
+    magic, version, kind, flags, request_id, message_bytes, payload_bytes, deadline_ms, checksum = _HEADER.unpack_from(
+        data, start
+    )
+    if magic != MAGIC or version != VERSION:
+        raise BadFrame(f"expected a mendfs v{VERSION} frame, got {bytes(data[start : start + 5])!r}")
+    if not REQUEST <= kind <= CANCEL or flags:
+        raise BadFrame(f"kind {kind} with flags {flags:#x} is not known to version {VERSION}")
+    if message_bytes > MESSAGE_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
+        raise BadFrame(f"a frame of {message_bytes} + {payload_bytes} bytes exceeds the limits")
+    if is_stranger and (message_bytes > STRANGER_MESSAGE_BYTES_MAX or payload_bytes):
+        raise BadFrame(f"a frame of {message_bytes} + {payload_bytes} bytes before the handshake")
+    if kind == CANCEL and (message_bytes or payload_bytes):
+        raise BadFrame("a cancel carries nothing")
+    checked = bytes(data[start : start + _CHECKED_BYTES])
+    return Header(kind, request_id, message_bytes, payload_bytes, deadline_ms, checksum, checked)
+
+
+def check_sum(header: Header, raw: Buffer) -> None:
+    """Raise BadFrame unless the header's checksum fits it and `raw`, its message."""
+    if xxh3_64_intdigest(b"".join((header.checked, raw))) & 0xFFFFFFFF != header.checksum:
+        raise BadFrame("a frame failed its checksum")
+
+
+def decode_message(header: Header, raw: Buffer, *, is_stranger: bool = False) -> Message:
+    """The message `raw` of a frame. Raises BadFrame (checksum) or BadMessage, after which the stream can go on."""
+    check_sum(header, raw)
+    decoder = _decode_stranger if is_stranger else _decode_any
+    try:
+        return decoder.decode(raw)
+    # ValueError: malformed MessagePack, a message that is none of ours, a text that is not UTF-8; RecursionError:
+    # nested deeper than anything we send.
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(f"a message of {header.message_bytes} bytes cannot be decoded: {error}") from error
