@@ -1,0 +1,151 @@
+"""Engine for tests and simulation, and the reference that others are compared with: a dictionary and its sorted keys.
+
+With a disk it also writes a log file, one framed record a commit, so that a simulated power cut loses an unsynced
+suffix and nothing else: `>II` body length and checksum (XXH3-64, low 32 bits, seeded with the record's offset), then
+the body: `>Q` sequence and per key `>BII` (1 put, 0 delete), lengths of key and value, key, value. The log is never
+compacted: whoever needs that wants `kv.rocks`.
+"""
+
+import posixpath
+import struct
+from bisect import bisect_left
+
+from xxhash import xxh3_64_intdigest
+
+from mendfs.errors import EngineFailed, StoreDamaged
+from mendfs.kv.engine import BYTES_MAX, KEYS_MAX
+from mendfs.kv.optimistic import OptimisticEngine, Pairs, Writes
+from mendfs.world.disk import Disk, File
+
+_FRAME = struct.Struct(">II")
+_BODY = struct.Struct(">Q")
+_KEY = struct.Struct(">BII")
+_BODY_MAX = BYTES_MAX + KEYS_MAX * _KEY.size + _BODY.size
+"""No commit makes a longer record; a longer length in a frame is garbage."""
+
+
+class MemoryEngine(OptimisticEngine):
+    """See `kv.engine.Engine`."""
+
+    def __init__(self, disk: Disk | None = None, path: str = "", file: File | None = None) -> None:
+        super().__init__(0)
+        self._disk = disk
+        self._path = path
+        self._file = file
+        self._end = 0
+        self._values: dict[bytes, bytes] = {}
+        self._keys: list[bytes] = []
+
+    @classmethod
+    async def open(cls, disk: Disk | None = None, path: str | None = None) -> "MemoryEngine":
+        """An engine on the log file `path`, made if missing; without one it forgets all. Raises StoreDamaged."""
+        if disk is None or path is None:
+            return cls()
+        return await disk.run(cls._open, disk, path)
+
+    @classmethod
+    def _open(cls, disk: Disk, path: str) -> "MemoryEngine":
+        try:
+            folder = posixpath.dirname(path)
+            disk.make_directories(folder)
+            is_new = not disk.exists(path)
+            file = disk.open(path, create=is_new)
+            if is_new:
+                disk.sync_directory(folder)
+            engine = cls(disk, path, file)
+            engine._replay(file)
+        except OSError as error:
+            raise StoreDamaged(f"the log {path} does not open: {error.strerror or error}") from None
+        return engine
+
+    def read(self, key: bytes) -> bytes | None:
+        """The committed value."""
+        return self._values.get(key)
+
+    def read_range(self, begin: bytes, end: bytes, limit: int, reverse: bool) -> Pairs:
+        """Up to `limit` committed pairs with begin <= key < end."""
+        low = bisect_left(self._keys, begin)
+        high = bisect_left(self._keys, end, low)
+        keys = self._keys[max(low, high - limit) : high] if reverse else self._keys[low : min(high, low + limit)]
+        if reverse:
+            keys.reverse()
+        return [(key, self._values[key]) for key in keys]
+
+    def write(self, writes: Writes, sequence: int) -> None:
+        """Apply at once. Raises EngineFailed when the log cannot take it."""
+        if self._file is not None:
+            body = _encode(writes, sequence)
+            frame = _FRAME.pack(len(body), _checksum(body, self._end))
+            try:
+                self._file.write((frame, body), self._end)
+            except OSError as error:
+                raise EngineFailed(f"the log {self._path} cannot be written: {error.strerror or error}") from None
+            self._end += len(frame) + len(body)
+        self._apply(writes)
+
+    async def sync_log(self) -> None:
+        """One datasync of the log file."""
+        if self._file is None or self._disk is None:
+            return
+        try:
+            await self._disk.run(self._file.datasync)
+        except OSError as error:
+            raise EngineFailed(f"the log {self._path} cannot be synced: {error.strerror or error}") from None
+
+    async def release(self) -> None:
+        """Close the log file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _apply(self, writes: Writes) -> None:
+        for key, value in writes.items():
+            if value is not None:
+                if key not in self._values:
+                    self._keys.insert(bisect_left(self._keys, key), key)
+                self._values[key] = value
+            elif self._values.pop(key, None) is not None:
+                del self._keys[bisect_left(self._keys, key)]
+
+    def _replay(self, file: File) -> None:
+        """Read the log up to the first record that is not whole, and cut it there: what follows was never synced."""
+        size = file.size()
+        content = bytearray(size)
+        file.read_into(content, 0)
+        while self._end + _FRAME.size <= size:
+            length, checksum = _FRAME.unpack_from(content, self._end)
+            begin = self._end + _FRAME.size
+            body = bytes(content[begin : begin + min(length, _BODY_MAX)])
+            if len(body) != length or _checksum(body, self._end) != checksum:
+                break
+            self._last, writes = _decode(body)
+            self._apply(writes)
+            self._end = begin + length
+        if self._end < size:
+            file.truncate(self._end)
+        # What was read may be in the page cache only (a killed process): it counts as synced from here on.
+        file.datasync()
+        self._synced = self._last
+
+
+def _checksum(body: bytes, at: int) -> int:
+    return xxh3_64_intdigest(body, at) & 0xFFFFFFFF
+
+
+def _encode(writes: Writes, sequence: int) -> bytes:
+    parts = [_BODY.pack(sequence)]
+    for key, value in writes.items():
+        parts += [_KEY.pack(value is not None, len(key), len(value or b"")), key, value or b""]
+    return b"".join(parts)
+
+
+def _decode(body: bytes) -> tuple[int, dict[bytes, bytes | None]]:
+    writes: dict[bytes, bytes | None] = {}
+    at = _BODY.size
+    while at < len(body):
+        is_put, key_bytes, value_bytes = _KEY.unpack_from(body, at)
+        at += _KEY.size
+        key = body[at : at + key_bytes]
+        at += key_bytes
+        writes[key] = body[at : at + value_bytes] if is_put else None
+        at += value_bytes
+    return _BODY.unpack_from(body)[0], writes

@@ -1,0 +1,157 @@
+"""The default engine: RocksDB in the process, its log written at each commit and synced by groups.
+
+Measured: 6 us for a batch whose log reaches the page cache (which survives kill -9), 1 us a read, about 200 us a sync.
+This is one of the two modules outside `world` that touch the disk: RocksDB brings its own file system code.
+"""
+
+import asyncio
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+from rocksdict import BlockBasedOptions, Cache, DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch, WriteOptions
+
+from mendfs.errors import EngineFailed, StoreDamaged, UsageError
+from mendfs.kv.optimistic import SEQUENCE_KEY, OptimisticEngine, Pairs, Writes
+from mendfs.model import KiB, MiB
+
+_SEQUENCE = struct.Struct(">Q")
+_BLOOM_BITS_PER_KEY = 10
+_OPEN_FILES_MAX = 128
+"""Tables of 64 MiB: enough for 8 GiB of metadata; more are opened and closed as needed."""
+
+
+class RocksEngine(OptimisticEngine):
+    """See `kv.engine.Engine`. One process at a time may have the folder open."""
+
+    def __init__(self, path: str, database: Rdict, last_sequence: int) -> None:
+        super().__init__(last_sequence)
+        self._path = path
+        self._database = database
+        self._get = database.get
+        self._options = WriteOptions()
+        # One thread: there is never more than one sync under way, and flush_wal lets the interpreter go on.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rocks")
+
+    @classmethod
+    async def open(cls, path: str, *, cache_bytes: int = 32 * MiB, write_buffer_bytes: int = 16 * MiB) -> "RocksEngine":
+        """Open the database in the folder `path`, made if missing. Raises UsageError if it is in use, StoreDamaged."""
+        options = _options(cache_bytes, write_buffer_bytes)
+        database, sequence = await asyncio.get_running_loop().run_in_executor(None, _open, path, options)
+        return cls(path, database, sequence)
+
+    def read(self, key: bytes) -> bytes | None:
+        """The committed value."""
+        try:
+            value: bytes | None = self._get(key)
+        except Exception as error:  # rocksdict raises no narrower class
+            raise self._failed("cannot be read", error) from None
+        return value
+
+    def read_range(self, begin: bytes, end: bytes, limit: int, reverse: bool) -> Pairs:
+        """Up to `limit` committed pairs with begin <= key < end."""
+        # The bounds are set for RocksDB too: else it would walk over whatever was deleted beyond them (a freed queue
+        # can leave 100,000 tombstones) to find a pair that nobody asked for.
+        bounds = ReadOptions()
+        try:
+            if reverse:
+                bounds.set_iterate_lower_bound(begin)
+            bounds.set_iterate_upper_bound(end)
+            # The iterator is a snapshot and pins memory, so it does not outlive this call.
+            start = end if reverse else begin
+            pairs: Pairs = list(
+                islice(self._database.items(backwards=reverse, from_key=start, read_opt=bounds), limit)  # type: ignore[arg-type]  # raw mode: keys are bytes
+            )
+        except Exception as error:  # rocksdict raises no narrower class
+            raise self._failed("cannot be read", error) from None
+        return pairs
+
+    def write(self, writes: Writes, sequence: int) -> None:
+        """Apply at once, with `sequence` under SEQUENCE_KEY. Raises EngineFailed when the log cannot take it."""
+        batch = WriteBatch(raw_mode=True)
+        for key, value in writes.items():
+            if value is None:
+                batch.delete(key)
+            else:
+                batch.put(key, value)
+        batch.put(SEQUENCE_KEY, _SEQUENCE.pack(sequence))
+        try:
+            self._database.write(batch, self._options)
+        except Exception as error:  # rocksdict raises no narrower class
+            raise self._failed("cannot be written", error) from None
+
+    async def sync_log(self) -> None:
+        """One flush_wal with sync, in the thread."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._flush)
+
+    async def release(self) -> None:
+        """Close the database, which writes its tables."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._database.close)
+        self._thread.shutdown()
+
+    def _flush(self) -> None:
+        try:
+            self._database.flush_wal(True)
+        except Exception as error:  # rocksdict raises no narrower class
+            raise self._failed("cannot be synced", error) from None
+
+    def _failed(self, what: str, error: Exception) -> EngineFailed:
+        return EngineFailed(f"the database in {self._path} {what}: {_one_line(error)}")
+
+
+def _options(cache_bytes: int, write_buffer_bytes: int) -> Options:
+    tables = BlockBasedOptions()
+    tables.set_block_cache(Cache(cache_bytes))
+    tables.set_bloom_filter(_BLOOM_BITS_PER_KEY, False)
+    tables.set_block_size(8 * KiB)
+    # Filters and indexes count against the cache: memory stays what was asked for however many keys there are.
+    tables.set_cache_index_and_filter_blocks(True)
+    tables.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.set_block_based_table_factory(tables)
+    options.set_write_buffer_size(write_buffer_bytes)
+    options.set_max_write_buffer_number(2)
+    options.set_max_background_jobs(2)
+    options.set_max_open_files(_OPEN_FILES_MAX)
+    options.set_max_log_file_size(1 * MiB)
+    options.set_keep_log_file_num(2)
+    options.set_stats_dump_period_sec(0)
+    options.set_stats_persist_period_sec(0)
+    options.set_skip_stats_update_on_db_open(True)
+    # Point in time: after a power cut pages of the unsynced log may be there out of order, with a hole in the middle.
+    # The mode that tolerates only a corrupted tail refuses to open then, and a store that does not open after a power
+    # cut mends nothing. What was synced lies before any such hole.
+    options.set_wal_recovery_mode(DBRecoveryMode.point_in_time())
+    return options
+
+
+def _open(path: str, options: Options) -> tuple[Rdict, int]:
+    try:
+        if not os.path.exists(path):
+            os.makedirs(path, mode=0o700)
+            _sync_directory(os.path.dirname(os.path.abspath(path)))
+        database = Rdict(path, options)
+        raw = database.get(SEQUENCE_KEY)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {path}: {error.strerror}") from None
+    except Exception as error:  # rocksdict raises no narrower class
+        text = _one_line(error)
+        if "lock" in text.lower():
+            raise UsageError(f"the database in {path} is in use: is another process running on it?") from None
+        raise StoreDamaged(f"the database in {path} does not open: {text}") from None
+    return database, _SEQUENCE.unpack(raw)[0] if raw else 0
+
+
+def _sync_directory(path: str) -> None:
+    # The folder's own name must survive a power cut; RocksDB syncs only what is in it.
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
