@@ -51,9 +51,7 @@ def _resize(tx: Transaction, record: schema.InodeRecord, size: int) -> schema.In
         if len(record.cuts) >= CUTS_MAX:
             raise NotReady(f"inode {attributes.inode}: {CUTS_MAX} truncations wait for the background")
         number = record.cut_number + 1
-        record = msgspec.structs.replace(
-            record, cut_number=number, cuts=add_cut(record.cuts, number=number, size=size)
-        )
+        record = msgspec.structs.replace(record, cut_number=number, cuts=add_cut(record.cuts, number=number, size=size))
         tx.put(schema.cutting_key(attributes.inode), b"")
     return changed(record, size=size)
 

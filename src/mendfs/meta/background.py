@@ -17,7 +17,7 @@ from mendfs.meta.ranges import end as end_session
 from mendfs.meta.schema import Kind, all_of, open_unlinked_key
 from mendfs.meta.sessions import Session, purge_answers
 from mendfs.meta.state import DATA_CALL_S, State
-from mendfs.model import CommitSequence, Inode, Partition, ServerNumber, SessionId, Slot
+from mendfs.model import BlockId, CommitSequence, Inode, Partition, ServerNumber, SessionId, Slot
 from mendfs.wire.messages import data as data_messages
 
 log = structlog.get_logger("meta")
@@ -170,7 +170,7 @@ async def free_round(state: State) -> bool:
 
 
 async def _delete_on(
-    state: State, server: ServerNumber, blocks: list[tuple[Partition, freeing.BlockId]], synced: CommitSequence
+    state: State, server: ServerNumber, blocks: list[tuple[Partition, BlockId]], synced: CommitSequence
 ) -> bool:
     """Order one server to delete. A server that is down keeps garbage, which reconcile finds when it is back."""
     member = state.members.get(server)

@@ -98,9 +98,7 @@ async def drop_reference(tx: Transaction, partition: Partition, block: BlockId) 
     tx.put(key, schema.BLOCK.encode(record))
 
 
-async def acknowledge_late(
-    tx: Transaction, server: ServerNumber, blocks: Iterable[tuple[Partition, BlockId]]
-) -> None:
+async def acknowledge_late(tx: Transaction, server: ServerNumber, blocks: Iterable[tuple[Partition, BlockId]]) -> None:
     """The server has these now: it is owed them no more."""
     for partition, block in blocks:
         tx.delete(schema.owed_key(server, partition, block))

@@ -11,7 +11,7 @@ import stat
 import msgspec
 
 from mendfs.errors import AppendMoved, BadMessage, OperationError
-from mendfs.extents import blocks_in, clip, overlay, stored_bytes
+from mendfs.extents import BlockName, blocks_in, clip, overlay, stored_bytes
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
 from mendfs.meta.blocks import Tallies, add_block
@@ -26,7 +26,7 @@ SLOTS_READ_MAX = 1024
 """Slots one query may ask for."""
 
 
-def _check_extent(extent: Extent, new: dict[tuple[int, int], messages.NewBlock], volume: Volume) -> None:
+def _check_extent(extent: Extent, new: dict[BlockName, messages.NewBlock], volume: Volume) -> None:
     block = new.get((extent.partition, extent.block))
     if block is None:
         raise BadMessage(f"an extent names block {extent.block:#x}, which the commit does not bring")
@@ -46,7 +46,7 @@ def check(request: messages.Commit, volume: Volume) -> None:
     for block in request.blocks:
         if not 0 < block.length <= volume.block_size or not 0 <= block.partition < volume.partitions:
             raise BadMessage(f"block {block.block:#x} has an impossible length or partition")
-    owners: dict[tuple[int, int], Slot] = {}
+    owners: dict[BlockName, Slot] = {}
     for change in request.slots:
         end = 0
         for extent in sorted(change.extents, key=lambda each: each.offset_in_slot):
@@ -68,7 +68,11 @@ def _moved_append(request: messages.Commit, size: int, block_size: int) -> messa
     if size == request.append_at:
         return request
     end = size + request.append_length
-    if len(request.slots) != 1 or size // block_size != request.slots[0].slot or (end - 1) // block_size != size // block_size:
+    if (
+        len(request.slots) != 1
+        or size // block_size != request.slots[0].slot
+        or (end - 1) // block_size != size // block_size
+    ):
         raise AppendMoved(size)
     by = size - request.append_at
     extents = tuple(
@@ -102,16 +106,12 @@ class _Slots:
         tx.put(schema.slot_key(inode, change.slot), schema.SLOT.encode(result))
         dropped = blocks_in(stored) - blocks_in(result)
         if dropped:
-            tx.put(
-                schema.drop_key(tx.sequence(), part), schema.DROP.encode(schema.DropRecord(tuple(sorted(dropped))))
-            )
+            tx.put(schema.drop_key(tx.sequence(), part), schema.DROP.encode(schema.DropRecord(tuple(sorted(dropped)))))
         self.gained += stored_bytes(result) - stored_bytes(stored)
         self.results.append(SlotExtents(change.slot, result))
 
 
-async def commit(
-    tx: Transaction, request: messages.Commit, session: SessionId, volume: Volume
-) -> messages.Committed:
+async def commit(tx: Transaction, request: messages.Commit, session: SessionId, volume: Volume) -> messages.Committed:
     """Enter the blocks and change the slots. Raises CommitRefused, AppendMoved, BadMessage, ENOENT."""
     check(request, volume)
     record = await find(tx, request.inode)

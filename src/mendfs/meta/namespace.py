@@ -134,9 +134,7 @@ async def link(tx: Transaction, request: messages.Link) -> Attributes:
     entry = schema.NameRecord(request.inode, stat.S_IFMT(record.attributes.mode))
     tx.put(schema.name_key(request.parent, request.name), schema.NAME.encode(entry))
     touch(tx, parent, request.now_ns)
-    record = changed(
-        record, nlink=record.attributes.nlink + 1, ctime_ns=request.now_ns, version=tx.sequence()
-    )
+    record = changed(record, nlink=record.attributes.nlink + 1, ctime_ns=request.now_ns, version=tx.sequence())
     write(tx, record)
     return visible(record)
 
@@ -245,9 +243,7 @@ async def rename(tx: Transaction, request: messages.Rename, openers: Openers) ->
             # POSIX: two names of one file, nothing happens.
             return None
         await _check_replaceable(tx, source, target)
-        replaced = _lose_name(
-            tx, await find(tx, target.inode), request.now_ns, openers.of(target.inode)
-        )
+        replaced = _lose_name(tx, await find(tx, target.inode), request.now_ns, openers.of(target.inode))
     tx.delete(schema.name_key(request.parent, request.name))
     tx.put(schema.name_key(request.new_parent, request.new_name), schema.NAME.encode(source))
     moved = 1 if source.kind == stat.S_IFDIR else 0

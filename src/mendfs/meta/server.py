@@ -20,7 +20,7 @@ from mendfs.meta import blocks as block_operations
 from mendfs.meta import commit as commits
 from mendfs.meta.inodes import read_attributes, visible
 from mendfs.meta.registry import Registry
-from mendfs.meta.sessions import Answer, Session, answered_once
+from mendfs.meta.sessions import LEASE_S, Answer, Session, answered_once
 from mendfs.meta.state import State
 from mendfs.model import Attributes, Slot
 from mendfs.wire.messages import Message
@@ -204,7 +204,9 @@ class MetaServer:
     async def _link(self, peer: Peer, request: messages.Link) -> Answer:
         return await self._found_change(peer, request, namespace.link)
 
-    async def _removal(self, peer: Peer, request: Any, operation: Callable[..., Awaitable[Attributes | None]]) -> Answer:
+    async def _removal(
+        self, peer: Peer, request: Any, operation: Callable[..., Awaitable[Attributes | None]]
+    ) -> Answer:
         async def change(tx: Transaction) -> Answer:
             return messages.Removed(await operation(tx, request, self.state.sessions), tx.sequence())
 
@@ -260,9 +262,8 @@ async def start_meta(world: World, engine: Engine, options: MetaOptions, secret:
         raise UsageError("the meta server's folder holds no volume; make one with `mendfs up` or `mendfs format`")
     generation = await volume.raise_generation(engine)
     state = State(world, engine, parameters, generation)
-    await state.load(asyncio.get_running_loop().time())
+    await state.load(asyncio.get_running_loop().time(), LEASE_S)
     server = MetaServer(state)
     await server.start(options, secret)
     log.info("meta server up", address=server.address, volume=parameters.id, generation=generation)
     return server
-

@@ -9,7 +9,7 @@ from mendfs.kv.engine import Engine
 from mendfs.meta import schema, volume
 from mendfs.meta.members import Decision, Member, Members
 from mendfs.meta.sessions import Session, Sessions
-from mendfs.model import Epoch, Generation, ServerNumber, Table, Volume
+from mendfs.model import Epoch, Generation, ServerNumber, SessionId, Table, Volume
 from mendfs.placement import Candidate, first_table
 from mendfs.wire.messages import data as data_messages
 from mendfs.wire.messages.session import TableChanged
@@ -75,16 +75,14 @@ class State:
         """Read what is known from before: servers, table, sessions; begin the grace in which nothing is freed."""
         for number, record in (await volume.read_servers(self.engine)).items():
             self.members.add(
-                Member(
-                    number=number, id=record.id, address=record.address, zone=record.zone, draining=record.draining
-                )
+                Member(number=number, id=record.id, address=record.address, zone=record.zone, draining=record.draining)
             )
         self.table = await volume.read_table(self.engine)
         begin, end = schema.all_of(schema.Kind.SESSION)
         while found := await self.engine.begin().range(begin, end, limit=1000):
             for key, raw in found:
                 record_of = schema.SESSION.decode(raw)
-                session = Session(schema.SessionId(schema.number_in(key)), record_of.client, at_s + lease_s)
+                session = Session(SessionId(schema.number_in(key)), record_of.client, at_s + lease_s)
                 self.sessions.add(session)
             begin = found[-1][0] + b"\0"
         self.grace_until_s = at_s + lease_s if len(self.sessions) else at_s
