@@ -1,5 +1,6 @@
 """Extents against a plain list of bytes: whatever is written and cut, a plan reads back what a file would hold."""
 
+import itertools
 from dataclasses import dataclass
 
 from hypothesis import given
@@ -69,7 +70,7 @@ def test_overlaid_extents_are_sorted_and_disjoint(steps: list[Write]) -> None:
     extents: tuple[Extent, ...] = ()
     for block, write in enumerate(steps, start=1):
         extents = overlay(extents, [extent_of(block, write.offset, write.length)])
-    for left, right in zip(extents, extents[1:], strict=False):
+    for left, right in itertools.pairwise(extents):
         assert left.end_in_slot <= right.offset_in_slot
     covered = {at for write in steps for at in range(write.offset, write.offset + write.length)}
     assert stored_bytes(extents) == len(covered)
@@ -90,7 +91,7 @@ def test_cuts_stay_few_and_rise(sizes: list[int]) -> None:
     cuts: tuple[Cut, ...] = ()
     for number, size in enumerate(sizes, start=1):
         cuts = add_cut(cuts, number=number, size=size)
-    for left, right in zip(cuts, cuts[1:], strict=False):
+    for left, right in itertools.pairwise(cuts):
         assert left.number < right.number
         assert left.size < right.size
     if sizes:

@@ -56,7 +56,8 @@ class State:
         """The table. Raises NotReady until enough data servers have registered."""
         if self.table is None:
             raise NotReady(
-                f"the volume waits for its data servers: {len(self.members)} of {self.volume.server_count} have registered"
+                f"the volume waits for its data servers: {len(self.members)} of "
+                f"{self.volume.server_count} have registered"
             )
         return self.table
 

@@ -72,7 +72,7 @@ def _health(state: State, servers: list[dict[str, Any]], debts: int) -> str:
 
 
 async def status_document(state: State) -> dict[str, Any]:
-    """The whole document. Counts of blocks are exact as far as the metadata knows; replicas as of the last comparison."""
+    """The whole document. Blocks are counted in the metadata; of replicas it says what the last comparison knew."""
     (debts, under), _ = await run(state.engine, _count_owed)
     (live, garbage), _ = await run(state.engine, _count_blocks)
     servers = [_server(member) for member in state.members]

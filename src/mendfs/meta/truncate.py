@@ -1,7 +1,7 @@
 """Applying cuts in the background: many small, resumable transactions (design section 5, Commit).
 
-A truncation itself only notes a cut; until a pass over the file's slots has removed what it hides, every reader clips by
-it. A pass that is cut short starts over: clipping twice is clipping once.
+A truncation itself only notes a cut; until a pass over the file's slots has removed what it hides, every reader clips
+by it. A pass that is cut short starts over: clipping twice is clipping once.
 """
 
 import msgspec
