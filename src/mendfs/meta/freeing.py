@@ -2,8 +2,8 @@
 
 An unlinked inode that nobody has open gives its slots to the first half of the queue (DROP), a slot at a time; the
 first half takes references from blocks, and those without any die into the second half (DEAD). A round of
-`meta.background` then deletes what died before a sequence that is synced everywhere. Everything here is one small, resumable
-transaction; a step that is done twice finds nothing left to do.
+`meta.background` then deletes what died before a sequence that is synced everywhere. Everything here is one small,
+resumable transaction; a step that is done twice finds nothing left to do.
 """
 
 import msgspec
