@@ -29,9 +29,7 @@ class Transaction(Protocol):
         """The value, or None. Raises Conflict if the key was changed since the transaction began."""
         ...
 
-    async def range(
-        self, begin: bytes, end: bytes, *, limit: int, reverse: bool = False
-    ) -> list[tuple[bytes, bytes]]:
+    async def range(self, begin: bytes, end: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         """Up to `limit` pairs with begin <= key < end, in order (the last ones first with `reverse`)."""
         ...
 
@@ -90,7 +88,7 @@ async def run(
     *args: Arguments.args,
     **kwargs: Arguments.kwargs,
 ) -> tuple[Result, CommitSequence]:
-    """Run `operation(transaction, *args)` and commit it, again after each Conflict. Returns its result and the sequence.
+    """Run `operation(transaction, *args)` and commit it, again after each Conflict. Returns result and sequence.
 
     The operation must have no effect outside its transaction: it may run several times.
     """

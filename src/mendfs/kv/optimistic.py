@@ -50,9 +50,10 @@ class OptimisticTransaction:
         """The value, or None. Raises Conflict if the key was changed since the transaction began."""
         if key in self.writes:
             return self.writes[key]
-        if self._seen.next is not None and key in self._changes():
-            raise Conflict(f"key {key!r} was changed by another transaction")
+        # Noted before the check: a transaction that was told of a conflict cannot be committed all the same.
         self._keys.add(key)
+        if (self._changed or self._seen.next is not None) and key in self._changes():
+            raise Conflict(f"key {key!r} was changed by another transaction")
         return self._engine.read(key)
 
     async def range(self, begin: bytes, end: bytes, *, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
@@ -70,9 +71,9 @@ class OptimisticTransaction:
             del pairs[limit:]
             last = pairs[-1][0]
             begin, end = (last, end) if reverse else (begin, last + b"\x00")
-        if self._seen.next is not None and any(begin <= key < end for key in self._changes()):
-            raise Conflict(f"keys from {begin!r} to {end!r} were changed by another transaction")
         self._ranges.append((begin, end))
+        if (self._changed or self._seen.next is not None) and any(begin <= key < end for key in self._changes()):
+            raise Conflict(f"keys from {begin!r} to {end!r} were changed by another transaction")
         return pairs
 
     def put(self, key: bytes, value: bytes) -> None:
@@ -95,7 +96,7 @@ class OptimisticTransaction:
         """Raise Conflict if what was read has been changed, or the sequence that was promised was taken."""
         if self._exact is not None and self._exact != self._engine.last_sequence + 1:
             raise Conflict("another transaction was committed first")
-        if self._seen.next is None:
+        if not self._changed and self._seen.next is None:
             return
         changed = self._changes()
         if not changed.isdisjoint(self._keys):

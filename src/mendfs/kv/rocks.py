@@ -54,17 +54,18 @@ class RocksEngine(OptimisticEngine):
         # The bounds are set for RocksDB too: else it would walk over whatever was deleted beyond them (a freed queue
         # can leave 100,000 tombstones) to find a pair that nobody asked for.
         bounds = ReadOptions()
+        bounds.set_iterate_upper_bound(end)
         try:
-            if reverse:
-                bounds.set_iterate_lower_bound(begin)
-            bounds.set_iterate_upper_bound(end)
             # The iterator is a snapshot and pins memory, so it does not outlive this call.
             start = end if reverse else begin
-            pairs: Pairs = list(
-                islice(self._database.items(backwards=reverse, from_key=start, read_opt=bounds), limit)  # type: ignore[arg-type]  # raw mode: keys are bytes
-            )
+            found = self._database.items(backwards=reverse, from_key=start, read_opt=bounds)
+            pairs: Pairs = list(islice(found, limit))  # type: ignore[arg-type]  # raw mode: keys are bytes
         except Exception as error:  # rocksdict raises no narrower class
             raise self._failed("cannot be read", error) from None
+        if reverse:
+            # rocksdict 0.3.29 sets the upper bound when asked for the lower one, so that end is cut here.
+            while pairs and pairs[-1][0] < begin:
+                pairs.pop()
         return pairs
 
     def write(self, writes: Writes, sequence: int) -> None:
