@@ -1,0 +1,185 @@
+"""The entry of every process that the supervisor starts: `python -m mendfs.cluster.child NAME`.
+
+The options come as one line of JSON on standard input; until it arrives nothing is touched, and if it never does (the
+supervisor was killed between starting this process and writing its pid down) the process ends. One line of JSON on
+standard output says that it is ready, or why it cannot be. SIGTERM stops it in good order. Only what the role
+needs is imported, for six of these start at once.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from mendfs.cluster.parameters import VolumeWishes
+from mendfs.errors import MendfsError
+from mendfs.model import Volume
+
+
+class MetaChild(msgspec.Struct, frozen=True, kw_only=True, tag="meta"):
+    """Run the meta server."""
+
+    dir: str
+    listen: str
+    secret_path: str
+    format: Volume | None = None
+    """Make this volume if there is none yet."""
+
+
+class DataChild(msgspec.Struct, frozen=True, kw_only=True, tag="data"):
+    """Run a data server."""
+
+    dir: str
+    listen: str
+    meta: str
+    secret_path: str
+    zone: str
+    number: int | None = None
+    capacity: int = 0
+    advertise: str = ""
+
+
+class MountChild(msgspec.Struct, frozen=True, kw_only=True, tag="mount"):
+    """Mount the volume."""
+
+    mountpoint: str
+    meta: str
+    secret_path: str
+    read_only: bool = False
+    folder: str = ""
+    """The cluster's folder, where a stop says how long to flush and is told what was not; empty: none."""
+
+
+class SupervisorChild(msgspec.Struct, frozen=True, kw_only=True, tag="supervisor"):
+    """Run a whole cluster: what `mendfs up` was told."""
+
+    dir: str
+    """Absolute."""
+    wishes: VolumeWishes = VolumeWishes()
+    mount: str = ""
+    """Absolute, or empty: no mount."""
+    base_port: int | None = None
+    """None: the ports of the last time, or some free ones."""
+
+
+Role = MetaChild | DataChild | MountChild | SupervisorChild
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """It answers."""
+
+    address: str = ""
+    volume: Volume | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """It cannot run; one line says why."""
+
+    text: str
+    exit_code: int
+
+
+Report = Ready | Failed
+
+FLUSH_TIMEOUT_S = 30.0
+"""How long a mount that is stopped may flush unless said otherwise."""
+
+
+def say(report: Report) -> None:
+    """Report to whoever started this process; nobody may be there any more."""
+    try:
+        os.write(1, msgspec.json.encode(report) + b"\n")
+    except OSError:
+        # The supervisor has died: the process goes on, and the next `up` or `down` stops it.
+        return
+
+
+def stop_asked() -> asyncio.Event:
+    """Set when SIGTERM or SIGINT arrives."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+async def first_of(*waits: Awaitable[object]) -> None:
+    """Wait until one of these is over; its error is raised."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    for task in done:
+        task.result()
+
+
+async def run(role: Role) -> None:
+    """Run one role until it is asked to stop. One that is not ready by then is just given up."""
+    stop = stop_asked()
+    is_ready = False
+
+    def say_ready(report: Report) -> None:
+        nonlocal is_ready
+        is_ready = True
+        say(report)
+
+    work = asyncio.create_task(_role_function(role)(role, stop, say_ready))
+    await asyncio.wait({work, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    if not is_ready and not work.done():
+        work.cancel()
+        await asyncio.wait({work})
+    else:
+        await work
+
+
+def _role_function(role: Role) -> Callable[[Any, asyncio.Event, Callable[[Report], None]], Coroutine[Any, Any, None]]:
+    from mendfs.cluster import roles
+
+    match role:
+        case MetaChild():
+            return roles.run_meta
+        case DataChild():
+            return roles.run_data
+        case MountChild():
+            return roles.run_mount
+        case SupervisorChild():
+            from mendfs.cluster.service import run_supervisor
+
+            return run_supervisor
+
+
+def quicken() -> None:
+    """Spare what a server never uses.
+
+    structlog imports rich for tracebacks in colour if it is there: 100 ms and 8 MiB a process, for a log in a file.
+    """
+    sys.modules.setdefault("rich", None)  # type: ignore[arg-type] # None is how an import is told to fail
+
+
+def main() -> None:
+    """Run the role that standard input says."""
+    quicken()
+    import uvloop  # imported while the supervisor writes pids down
+
+    raw = sys.stdin.buffer.readline()
+    if not raw:
+        return
+    role = msgspec.json.decode(raw, type=Role)
+    # What is imported by now stays for ever: collections need not look at it again.
+    gc.freeze()
+    try:
+        uvloop.run(run(role))
+    except MendfsError as error:
+        say(Failed(str(error), error.exit_code))
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The three roles of a process: meta server, data server, mount. Each runs until it is asked to stop.
+
+Imports are inside the functions: a data server needs no FUSE, and a mount no RocksDB.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+
+from mendfs.cluster.child import (
+    FLUSH_TIMEOUT_S,
+    DataChild,
+    MetaChild,
+    MountChild,
+    Ready,
+    Report,
+    first_of,
+)
+from mendfs.cluster.folder import ClusterFolder, read_secret
+from mendfs.world import World, real_world
+
+Say = Callable[[Report], None]
+
+OPEN_TIMEOUT_S = 60.0
+"""A mount is started together with its cluster: on a busy machine the others may take their time."""
+
+
+async def run_meta(role: MetaChild, stop: asyncio.Event, say: Say) -> None:
+    """Run a meta server; its volume is made first if there is none and one is described."""
+    from mendfs.kv.rocks import RocksEngine
+    from mendfs.meta.server import MetaOptions, start_meta
+    from mendfs.meta.volume import format_volume, read_volume
+
+    world = real_world()
+    secret = read_secret(world.disk, role.secret_path)
+    world.disk.make_directories(role.dir)
+    engine = await RocksEngine.open(role.dir)
+    if role.format is not None and await read_volume(engine) is None:
+        await format_volume(engine, role.format, world)
+    server = await start_meta(world, engine, MetaOptions(listen=role.listen), secret)
+    say(Ready(server.address, server.state.volume))
+    try:
+        await first_of(stop.wait(), server.state.failed)
+    finally:
+        await server.close()
+
+
+async def run_data(role: DataChild, stop: asyncio.Event, say: Say) -> None:
+    """Run a data server."""
+    from mendfs.data.server import DataOptions, start_data
+    from mendfs.kv.rocks import RocksEngine
+
+    world = real_world()
+    secret = read_secret(world.disk, role.secret_path)
+    world.disk.make_directories(role.dir)
+    options = DataOptions(
+        dir=role.dir,
+        listen=role.listen,
+        meta=role.meta,
+        zone=role.zone or socket.gethostname(),
+        capacity=role.capacity,
+        number=role.number,
+        advertise=role.advertise,
+    )
+    server = await start_data(world, RocksEngine.open, options, secret)
+    say(Ready(server.address))
+    try:
+        await stop.wait()
+    finally:
+        await server.close()
+
+
+async def run_mount(role: MountChild, stop: asyncio.Event, say: Say) -> None:
+    """Mount a volume until it is unmounted or asked to stop; then flush, and note what could not be."""
+    from mendfs.client.volume import Volume, VolumeOptions
+    from mendfs.fuse.server import MountOptions, serve_mount
+
+    world = real_world()
+    secret = read_secret(world.disk, role.secret_path)
+    name = f"{socket.gethostname()}:{role.mountpoint} (process {os.getpid()})"
+    options = VolumeOptions(meta=role.meta, name=name, read_only=role.read_only, open_timeout_s=OPEN_TIMEOUT_S)
+    volume = await Volume.open(world, options, secret)
+    mount = await serve_mount(volume, role.mountpoint, MountOptions(read_only=role.read_only))
+    say(Ready(role.mountpoint))
+    await first_of(stop.wait(), mount.wait())
+    timeout_s = _flush_timeout(world, role)
+    await mount.unmount()
+    unflushed = await volume.close(timeout_s)
+    if role.folder:
+        ClusterFolder(world.disk, role.folder).write_unflushed(unflushed)
+
+
+def _flush_timeout(world: World, role: MountChild) -> float:
+    wish = ClusterFolder(world.disk, role.folder).read_stop() if role.folder else None
+    return FLUSH_TIMEOUT_S if wish is None else wish.timeout_s

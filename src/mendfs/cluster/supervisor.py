@@ -1,0 +1,182 @@
+"""Starts the processes of a cluster on this machine, watches them, starts again those that end, stops all in order.
+
+The supervisor may be killed at any moment. Its children live on then, and people go on working: a file system must
+not end because the process that watches it did. The pid of each child is written down before the child gets its
+options, without which it does nothing, so the next `up` or `down` finds all of them and stops them in order.
+
+Order of stopping: the mount (it flushes to everybody), the meta server (it syncs the data servers, then its log), the
+data servers.
+"""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from mendfs.cluster.backoff import Backoff
+from mendfs.cluster.child import FLUSH_TIMEOUT_S, Failed, Ready, Report, Role
+from mendfs.cluster.folder import ChildRecord, ClusterFolder, ClusterRecord
+from mendfs.cluster.leftovers import clean_dead_mount, stop_processes
+from mendfs.errors import MendfsError, UsageError
+from mendfs.world import World
+from mendfs.world.processes import Child, Processes
+
+READY_TIMEOUT_S = 90.0
+"""A store of tens of millions of blocks is recovered in this time; a process that says nothing for longer hangs."""
+
+Notice = Callable[[str], None]
+
+
+class Kept:
+    """One process that is kept running."""
+
+    def __init__(self, name: str, role: Role, address: str) -> None:
+        self.name = name
+        self.role = role
+        self.address = address
+        self.child: Child | None = None
+        self.is_up = False
+        self.starts = 0
+        self.since_s = 0.0
+        self.backoff = Backoff()
+
+
+class Supervisor:
+    """See the module. `start`, then `run` until it is cancelled, then `stop`."""
+
+    def __init__(
+        self,
+        world: World,
+        processes: Processes,
+        folder: ClusterFolder,
+        record: ClusterRecord,
+        kept: list[Kept],
+        notice: Notice,
+    ) -> None:
+        self._world = world
+        self._processes = processes
+        self._folder = folder
+        self._notice = notice
+        self._record = record
+        self.kept = kept
+
+    async def start(self) -> None:
+        """Start all at once; returns when everything is ready. Raises the first one's reason why it cannot be."""
+        try:
+            for kept in self.kept:
+                await self._spawn(kept)
+            self._write_down()
+            for kept in self.kept:
+                self._send_options(kept)
+            async with asyncio.TaskGroup() as group:
+                for kept in self.kept:
+                    group.create_task(self._ready(kept))
+        except BaseExceptionGroup as errors:
+            await self.stop(timeout_s=0)
+            raise _cause(errors) from None
+        except BaseException:
+            await self.stop(timeout_s=0)
+            raise
+
+    async def run(self) -> None:
+        """Start again whatever ends, until this is cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for kept in self.kept:
+                group.create_task(self._keep(kept))
+
+    async def stop(self, *, timeout_s: float = FLUSH_TIMEOUT_S) -> tuple[str, ...]:
+        """Stop all in order; past the timeout they are killed. Returns a line for each thing that was not flushed."""
+        lines = await stop_processes(self._processes, self._folder, self._record.children, timeout_s=timeout_s)
+        if self._record.mount:
+            await clean_dead_mount(self._world.disk, self._record.mount)
+        self._folder.write_stopped(lines)
+        self._record = msgspec.structs.replace(self._record, supervisor=None, children=(), mount="")
+        self._folder.write(self._record)
+        return lines
+
+    async def _spawn(self, kept: Kept) -> None:
+        arguments = [sys.executable, "-m", "mendfs.cluster.child", kept.name, self._folder.path]
+        kept.child = await self._processes.start(arguments, log_path=self._folder.log_path(kept.name))
+        kept.starts += 1
+        kept.since_s = asyncio.get_running_loop().time()
+
+    def _send_options(self, kept: Kept) -> None:
+        assert kept.child is not None, "it was spawned"
+        kept.child.send_options(msgspec.json.encode(kept.role) + b"\n")
+
+    def _write_down(self) -> None:
+        children = tuple(
+            ChildRecord(kept.name, kept.child.identity, kept.address) for kept in self.kept if kept.child is not None
+        )
+        self._record = msgspec.structs.replace(self._record, children=children)
+        self._folder.write(self._record)
+
+    async def _ready(self, kept: Kept) -> Ready:
+        """Wait for a child's report. Raises MendfsError with its reason."""
+        assert kept.child is not None, "it was spawned"
+        log = self._folder.inside("logs", f"{kept.name}.log")
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                raw = await kept.child.report()
+                status = None if raw else await kept.child.exited()
+        except TimeoutError as error:
+            raise MendfsError(f"{kept.name} was not ready after {READY_TIMEOUT_S:.0f} s: see {log}") from error
+        if status is not None:
+            raise MendfsError(f"{kept.name} ended with status {status} before it was ready: see {log}")
+        report: Report = msgspec.json.decode(raw, type=Report)
+        if isinstance(report, Failed):
+            raise _failure(report)
+        kept.is_up = True
+        return report
+
+    async def _keep(self, kept: Kept) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            assert kept.child is not None, "start() spawned it"
+            status = await kept.child.exited()
+            kept.is_up = False
+            self._notice(
+                f"{kept.name} (process {kept.child.identity.pid}) ended with {_ending(status)}: starting it again"
+            )
+            await asyncio.sleep(kept.backoff.delay_s(loop.time() - kept.since_s))
+            try:
+                await self._start_again(kept)
+            except MendfsError as error:
+                self._notice(f"{kept.name} could not be started: {error}")
+                # It has ended or is about to; one that hangs before it is ready is of no use to anybody.
+                kept.child.signal(signal.SIGKILL)
+                continue
+            self._notice(f"{kept.name} is up again (process {kept.child.identity.pid})")
+
+    async def _start_again(self, kept: Kept) -> None:
+        if kept.name == "mount":
+            await clean_dead_mount(self._world.disk, self._record.mount)
+        await self._spawn(kept)
+        self._write_down()
+        self._send_options(kept)
+        await self._ready(kept)
+
+
+def _failure(report: Failed) -> MendfsError:
+    return UsageError(report.text) if report.exit_code == UsageError.exit_code else MendfsError(report.text)
+
+
+def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The reason to tell: the first one that a child gave, for others often only follow from it."""
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            return _cause(error)
+        if isinstance(error, MendfsError):
+            return error
+    return errors.exceptions[0]
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"status {status}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-status).name
+    return f"signal {-status}"
