@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 from mendfs.errors import BadFrame, BadMessage
 from mendfs.model import MiB
 from mendfs.wire.messages import Message
-from mendfs.wire.messages.session import Hello, Proof
+from mendfs.wire.messages.session import Done, Failure, Hello, Proof, Welcome
 
 MAGIC = b"MFS1"
 VERSION = 1
@@ -52,9 +52,11 @@ _CHECKED_BYTES = _UNSEALED.size
 assert _HEADER.size == HEADER_BYTES and _CHECKED_BYTES + _CHECKSUM.size == HEADER_BYTES
 
 _encode_message = msgspec.msgpack.Encoder().encode
-_decode_any: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)  # type: ignore[arg-type] # a union
+_decode_any: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 # Strangers get a decoder of their own: what they send must not even reach the types of the others.
-_decode_stranger: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Hello | Proof)  # type: ignore[arg-type]
+_decode_stranger: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
+    Hello | Welcome | Proof | Done | Failure
+)
 
 
 class Header(msgspec.Struct, frozen=True, gc=False):

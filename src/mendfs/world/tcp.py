@@ -76,6 +76,12 @@ def widen(transport: asyncio.BaseTransport) -> None:
         sock.setsockopt(socket.SOL_SOCKET, 32, UNIX_BUFFER_BYTES)
 
 
+def name_of(transport: asyncio.BaseTransport) -> str:
+    """Who is at the other end, for people."""
+    name = transport.get_extra_info("peername")
+    return format_address(*name[:2]) if isinstance(name, tuple) else "a process of this machine"
+
+
 def _reason(error: OSError) -> str:
     if isinstance(error, socket.gaierror):
         return "no such host"

@@ -1,0 +1,329 @@
+"""A connection between two processes of a cluster. Either side calls, answers and pushes; calls are multiplexed.
+
+A peer owns the tasks of the requests it is handling and cancels them when the connection ends, when the caller says so
+and when the caller's deadline has passed. What comes in is bounded (`wire.requests`). A frame that cannot be understood
+ends the connection with a logged reason and touches no other one.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import structlog
+
+from mendfs.errors import BadFrame, BadMessage, MendfsError, Unreachable
+from mendfs.model import KiB, MiB
+from mendfs.wire import frame
+from mendfs.wire.calls import Calls
+from mendfs.wire.frame import ANSWER, CANCEL, FAILURE, PUSH, REQUEST, Header
+from mendfs.wire.handshake import Accepting, Connecting
+from mendfs.wire.messages import Message
+from mendfs.wire.messages.session import Failure
+from mendfs.wire.outbox import Outbox, Outgoing, Payload
+from mendfs.wire.payload import Received
+from mendfs.wire.protocol import FrameReader
+from mendfs.wire.requests import Reply, Requests, Result, error_of, failure_of
+from mendfs.world.buffers import BufferPool
+from mendfs.world.network import Address
+from mendfs.world.tcp import name_of, widen
+
+log = structlog.get_logger()
+
+UNREAD_ANSWER_BYTES_MAX = 16 * MiB
+"""Answers that the other side does not read, above which its requests are read no more."""
+FRAMES_WAITING_MAX = 16 * KiB
+"""Only pushes can wait in such numbers: the other side has not read for long, and is better off anew."""
+CLOSE_S = 1.0
+"""How long `close` waits until what was written has left."""
+POOL = BufferPool()
+"""Payload buffers of this process's connections: one pool, for a block may come by any of them."""
+
+_ANSWERS = (ANSWER, FAILURE)
+
+Handler = Callable[["Peer", Message, Received | None], Awaitable[Result]]
+"""Handles a request or a push. A MendfsError it raises is the answer; anything else is our mistake: logged, and
+answered as a plain error. The payload it got is released when it returns, so no answer may refer to it."""
+
+
+class Peer(FrameReader):
+    """One connection. Made by `wire.peer.connect` and `wire.peer.serve`."""
+
+    def __init__(
+        self,
+        handshake: Connecting | Accepting,
+        handler: Handler,
+        *,
+        address: Address,
+        on_ready: Callable[["Peer"], None] | None = None,
+        on_closed: Callable[["Peer"], None] | None = None,
+        pool: BufferPool = POOL,
+    ) -> None:
+        super().__init__()
+        self.remote_role = ""
+        self.remote_volume = ""
+        self.remote_address = address
+        self.is_closed = False
+        self.closed = asyncio.Event()
+        self.context: Any = None
+        """Whatever the owner keeps about this connection."""
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[None] = loop.create_future()
+        """Done when the handshake is; its exception says why it failed."""
+        self._loop = loop
+        self._handshake: Connecting | Accepting | None = handshake
+        self._on_ready = on_ready
+        self._on_closed = on_closed
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._outbox: Outbox
+        self._reason: MendfsError | None = None
+        self._calls = Calls(loop, pool, self._give_up)
+        self._requests = Requests(loop, lambda *args: handler(self, *args), self._answer, self._regulate)
+        self._incoming: Received | None = None
+        self._is_reading_paused = False
+
+    # For those who use the connection.
+
+    async def call(
+        self, message: Message, payload: Payload = (), *, deadline_s: float, into: memoryview | None = None
+    ) -> tuple[Message, Received | None]:
+        """Ask the other side; returns its answer and the payload that came with it.
+
+        Raises the error it answered with, Unreachable if the connection ended, DeadlineExceeded. With `into`, a payload
+        that fits lands there (the Received's view is a part of it); once this has returned or raised, nothing more is
+        written to it. `payload` must stay unchanged until the answer. After a deadline or a cancellation an unfinished
+        send may still read it, so whoever receives one must check what came, as a put does.
+        """
+        deadline = self._loop.time() + deadline_s
+        if self._calls.is_full:
+            await self._calls.wait_for_place(deadline)
+        if self.is_closed:
+            raise self._ended()
+        request_id, call = self._calls.begin(deadline, into)
+        payload_bytes = sum(map(len, payload)) if payload else 0
+        deadline_ms = min(int(deadline_s * 1000) + 1, frame.DEADLINE_MS_MAX)
+        try:
+            head = frame.encode(REQUEST, request_id, message, payload_bytes, deadline_ms)
+            # A caller that is alone waits for nobody; calls of many leave together.
+            self._outbox.send(
+                Outgoing(request_id, head, payload, len(head) + payload_bytes), at_once=len(self._calls) == 1
+            )
+            answer, received = await call.future
+        except BaseException:
+            if self._calls.forget(request_id):
+                self._give_up(request_id)
+            elif call.received is not None and call.future.done() and not call.future.cancelled():
+                call.received.release()
+            raise
+        if type(answer) is Failure:
+            raise error_of(answer)
+        return answer, received
+
+    def push(self, message: Message) -> None:
+        """Tell the other side something that needs no answer. Lost if the connection ends."""
+        if self.is_closed:
+            return
+        if len(self._outbox) >= FRAMES_WAITING_MAX:
+            self.abort(Unreachable(f"{self.remote_address} does not read what it is sent"))
+            return
+        head = frame.encode(PUSH, 0, message)
+        self._outbox.send(Outgoing(0, head, (), len(head)), at_once=False)
+
+    def abort(self, reason: MendfsError) -> None:
+        """End the connection now; calls in flight fail with `reason`."""
+        if self._reason is None:
+            self._reason = reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def close(self) -> None:
+        """Send what is waiting, within a second, end the connection, and wait until its requests have ended too."""
+        assert self._transport is not None, "connect and serve give out connected peers only"
+        if not self.is_closed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_S):
+                    await self._outbox.drain()
+                    self._transport.close()
+                    await self.closed.wait()
+        self._transport.abort()
+        await self.closed.wait()
+        await self._requests.wait()
+
+    # asyncio.BufferedProtocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The transport is there; the connecting side speaks first."""
+        # uvloop's transports are asyncio.Transports in all but their class.
+        self._transport = cast(asyncio.Transport, transport)
+        widen(transport)
+        self._outbox = Outbox(self._loop, self._transport)
+        if not self.remote_address:
+            self.remote_address = name_of(transport)
+        if isinstance(self._handshake, Connecting):
+            self._send_simple(REQUEST, 1, self._handshake.hello)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Everybody who waits is told; requests being handled are cancelled."""
+        self.is_closed = True
+        if self._reason is None:
+            self._reason = Unreachable(f"the connection to {self.remote_address} ended{f' ({exc})' if exc else ''}")
+        self._outbox.close()
+        self._requests.cancel_all()
+        self._calls.fail_all(self._ended)
+        if not self.ready.done():
+            self.ready.set_exception(self._reason)
+            # Nobody waits for it on the listening side, which has logged the reason.
+            self.ready.exception()
+        self.closed.set()
+        if self._on_closed is not None:
+            self._on_closed(self)
+
+    def pause_writing(self) -> None:
+        """The kernel takes no more for the moment."""
+        self._outbox.pause()
+
+    def resume_writing(self) -> None:
+        """The kernel has taken everything."""
+        self._outbox.resume()
+        self._regulate()
+
+    # FrameReader
+
+    def may_parse_on(self) -> bool:
+        """False while the other side asks for more than is being answered and read."""
+        return self._reason is None and self._requests.has_room and self._outbox.answer_bytes <= UNREAD_ANSWER_BYTES_MAX
+
+    def place_payload(self, header: Header, message: Message) -> memoryview | None:
+        """Answers' payloads go where the caller wants them, requests' into a buffer of the pool."""
+        if header.kind == ANSWER:
+            return self._calls.place_payload(header.request_id, header.payload_bytes)
+        if header.kind == FAILURE:
+            return None
+        self._incoming = Received.take(header.payload_bytes, self._pool)
+        return self._incoming.view
+
+    def frame_received(self, header: Header, message: Message | BadMessage | None) -> None:
+        """Hand a frame to whom it concerns."""
+        kind = header.kind
+        if self._handshake is not None:
+            self._shake(header, message)
+        elif isinstance(message, BadMessage):
+            self._bad_message_received(header, message)
+        elif message is None:
+            if kind != CANCEL:
+                raise BadFrame("a frame without a message")
+            self._requests.cancel(header.request_id)
+        elif kind in _ANSWERS:
+            self._calls.answer(header.request_id, message)
+        else:
+            received, self._incoming = self._incoming, None
+            self._requests.begin(header, message, received)
+            if not self.may_parse_on():
+                self._regulate()
+
+    def frame_refused(self, error: BadFrame) -> None:
+        """Nothing after such a frame can be trusted."""
+        log.warning(
+            "bad frame, connection closed", remote=self.remote_address, role=self.remote_role, reason=str(error)
+        )
+        self.abort(error)
+
+    # The rest is ours.
+
+    def _ended(self) -> MendfsError:
+        """A new exception each time, for each is raised in a task of its own."""
+        return Unreachable(str(self._reason))
+
+    def _send_simple(self, kind: int, request_id: int, message: Message | None) -> None:
+        head = frame.encode(kind, request_id, message)
+        self._outbox.send(Outgoing(0, head, (), len(head)), at_once=True)
+
+    def _give_up(self, request_id: int) -> None:
+        """A call ended without its answer: nothing of it may be sent or received any more."""
+        self.discard_payload(request_id)
+        if not self.is_closed and not self._outbox.take_back(request_id):
+            self._send_simple(CANCEL, request_id, None)
+
+    def _answer(self, request_id: int, result: Result) -> None:
+        """Send a handler's result."""
+        reply = result if type(result) is Reply else None
+        message = reply.message if reply is not None else cast(Message, result)
+        payload: Payload = reply.payload if reply is not None else ()
+        payload_bytes = sum(map(len, payload)) if payload else 0
+        kind = FAILURE if type(message) is Failure else ANSWER
+        try:
+            head = frame.encode(kind, request_id, message, payload_bytes)
+        except BadMessage as error:
+            log.error("an answer could not be sent", remote=self.remote_address, reason=str(error))
+            head, payload, payload_bytes = frame.encode(FAILURE, request_id, failure_of(error)), (), 0
+        size = len(head) + payload_bytes
+        sent = reply.sent if reply is not None else None
+        self._outbox.send(Outgoing(0, head, payload, size, size, sent), at_once=not len(self._requests))
+
+    def _regulate(self) -> None:
+        """Stop reading, or go on, by how much is being handled."""
+        if self._reason is not None or self._transport is None:
+            return
+        if self._is_reading_paused and self.may_parse_on():
+            try:
+                self.parse()
+            except BadFrame as error:
+                self.frame_refused(error)
+                return
+        may_read = self.may_parse_on()
+        if may_read == self._is_reading_paused:
+            self._is_reading_paused = not may_read
+            if may_read:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def _bad_message_received(self, header: Header, error: BadMessage) -> None:
+        """The stream is intact, so only what this frame belongs to fails."""
+        log.warning("bad message", remote=self.remote_address, role=self.remote_role, reason=str(error))
+        if header.kind == REQUEST:
+            self._send_simple(FAILURE, header.request_id, failure_of(error))
+        elif header.kind != PUSH:
+            self._calls.fail(header.request_id, error)
+
+    def _shake(self, header: Header, message: Message | BadMessage | None) -> None:
+        """A frame of the handshake."""
+        handshake = self._handshake
+        try:
+            if message is None or isinstance(message, BadMessage):
+                raise BadFrame(f"no handshake: {message}")
+            if isinstance(handshake, Connecting):
+                if type(message) is Failure:
+                    text = f"{self.remote_address}: {message.text}"
+                    raise error_of(Failure(message.code, text, message.errno))
+                proof = handshake.take(message)
+                if proof is not None:
+                    self._send_simple(REQUEST, 2, proof)
+                    return
+            elif handshake is not None:
+                answer = handshake.take(message)
+                self._send_simple(ANSWER, header.request_id, answer)
+                if not handshake.is_done:
+                    return
+        except MendfsError as error:
+            self._refuse_stranger(header, error)
+            return
+        assert handshake is not None
+        self.remote_role, self.remote_volume = handshake.remote_role, handshake.remote_volume
+        self._handshake = None
+        self.admit()
+        if not self.ready.done():
+            self.ready.set_result(None)
+        if self._on_ready is not None:
+            self._on_ready(self)
+
+    def _refuse_stranger(self, header: Header, error: MendfsError) -> None:
+        self._reason = error
+        if isinstance(self._handshake, Accepting):
+            # The connecting side gets the reason as an exception.
+            log.warning("handshake failed, connection closed", remote=self.remote_address, reason=str(error))
+        if header.kind == REQUEST:
+            self._send_simple(FAILURE, header.request_id, failure_of(error))
+        if self._transport is not None:
+            self._transport.close()
