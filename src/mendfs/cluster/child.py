@@ -51,6 +51,8 @@ class MountChild(msgspec.Struct, frozen=True, kw_only=True, tag="mount"):
     meta: str
     secret_path: str
     read_only: bool = False
+    allow_nonempty: bool = False
+    """Mount over files that hide then: what was written to the bare folder while the mount was being restarted."""
     folder: str = ""
     """The cluster's folder, where a stop says how long to flush and is told what was not; empty: none."""
 

@@ -9,10 +9,11 @@ import random
 
 from mendfs.cluster.child import FLUSH_TIMEOUT_S, DataChild, MetaChild, MountChild, SupervisorChild
 from mendfs.cluster.folder import SECRET_BYTES, ClusterFolder, ClusterRecord, read_secret
-from mendfs.cluster.leftovers import check_mountpoint, clean_dead_mount, stop_processes
+from mendfs.cluster.leftovers import clean_dead_mount, stop_processes
 from mendfs.cluster.parameters import check_same, new_volume
 from mendfs.cluster.supervisor import Kept, Notice, Supervisor
 from mendfs.errors import UsageError
+from mendfs.fuse.device import check_mountpoint
 from mendfs.model import ServerNumber, Volume
 from mendfs.world import World
 from mendfs.world.network import Network
@@ -34,7 +35,7 @@ async def prepare(
     if record is not None:
         await _clear(world, processes, folder, record, notice)
     if options.mount:
-        await check_mountpoint(world.disk, options.mount)
+        await world.disk.run(check_mountpoint, options.mount)
     base_port = await _base_port(world, record, options, count=1 + volume.server_count)
     _secure(world, folder, is_new=record is None and not folder.holds_store())
     record = ClusterRecord(

@@ -5,12 +5,12 @@ was killed.
 """
 
 import asyncio
+import os
 import signal
 from collections.abc import Sequence
 
 from mendfs.cluster.folder import ChildRecord, ClusterFolder, StopWish
-from mendfs.errors import MendfsError, UsageError
-from mendfs.world import mounts
+from mendfs.fuse import device
 from mendfs.world.disk import Disk
 from mendfs.world.processes import Processes
 
@@ -20,8 +20,6 @@ MOUNT_GRACE_S = 3.0
 """A mount gives up flushing at its timeout and says what was not flushed: it gets a moment to do so."""
 KILLED_WITHIN_S = 10.0
 """How long the kernel may take to end a process after SIGKILL: it may wait for a disk."""
-LOOK_TIMEOUT_S = 2.0
-"""A mount that does not answer a stat in this time is alive and hangs, or is slow: not ours to take away."""
 
 
 def _turn(name: str) -> int:
@@ -58,36 +56,22 @@ async def _stop(processes: Processes, child: ChildRecord, limit_s: float) -> lis
     return [f"{child.name} (process {child.process.pid}) did not stop within {limit_s:.0f} s and was killed"]
 
 
-async def _is_dead(disk: Disk, path: str) -> bool:
-    try:
-        async with asyncio.timeout(LOOK_TIMEOUT_S):
-            return await disk.run(mounts.is_dead, path)
-    except TimeoutError:
-        return False
-
-
 async def clean_dead_mount(disk: Disk, path: str) -> None:
     """Take away a mount of ours whose process has died, so that its path can be used again."""
-    entry = mounts.mount_at(path)
+    await disk.run(_clean_dead_mount, path)
+
+
+def _clean_dead_mount(path: str) -> None:
     # Several may lie over one another, if supervisors were killed again and again.
-    while entry is not None and entry.fstype == mounts.FSTYPE and await _is_dead(disk, path):
-        try:
-            mounts.detach(path)
-        except OSError as error:
-            raise MendfsError(
-                f"cannot unmount {path}, whose process has died ({error.strerror}): unmount it as root"
-            ) from error
-        entry = mounts.mount_at(path)
+    while (entry := device.find_mount(path)) is not None:
+        if entry.file_system != device.FILE_SYSTEM or not _is_dead(path):
+            return
+        device.unmount(path, detach=True)
 
 
-async def check_mountpoint(disk: Disk, path: str) -> None:
-    """Raise UsageError unless something can be mounted at this absolute path; a dead mount of ours is taken away."""
-    await clean_dead_mount(disk, path)
-    entry = mounts.mount_at(path)
-    if entry is not None:
-        remedy = f'unmount it ("mendfs umount {path}")' if entry.fstype == mounts.FSTYPE else "unmount it"
-        raise UsageError(f"{path} is busy, {entry.fstype} is mounted there: {remedy}, or choose another folder")
-    if not disk.exists(path):
-        raise UsageError(f"there is no folder {path} to mount at: make it first")
-    if not mounts.is_directory(path):
-        raise UsageError(f"{path} is no folder: choose one to mount at")
+def _is_dead(path: str) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in device.DEAD_MOUNT_ERRORS
+    return False

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import msgspec
 
 from mendfs.cluster.backoff import Backoff
-from mendfs.cluster.child import FLUSH_TIMEOUT_S, Failed, Ready, Report, Role
+from mendfs.cluster.child import FLUSH_TIMEOUT_S, Failed, MountChild, Ready, Report, Role
 from mendfs.cluster.folder import ChildRecord, ClusterFolder, ClusterRecord
 from mendfs.cluster.leftovers import clean_dead_mount, stop_processes
 from mendfs.errors import MendfsError, UsageError
@@ -152,8 +152,9 @@ class Supervisor:
             self._notice(f"{kept.name} is up again (process {kept.child.identity.pid})")
 
     async def _start_again(self, kept: Kept) -> None:
-        if kept.name == "mount":
+        if isinstance(kept.role, MountChild):
             await clean_dead_mount(self._world.disk, self._record.mount)
+            kept.role = msgspec.structs.replace(kept.role, allow_nonempty=True)
         await self._spawn(kept)
         self._write_down()
         self._send_options(kept)
