@@ -47,7 +47,9 @@ def check_parameters(*, layout: Layout, servers: int, replicas: int, partitions:
     if replicas > servers:
         raise UsageError(f"{replicas} replicas need at least {replicas} servers; there are {servers}")
     if partitions % servers:
-        raise UsageError(f"{partitions} partitions are not a multiple of {servers} servers; use --partitions {default_partitions(servers)}")
+        raise UsageError(
+            f"{partitions} partitions are not a multiple of {servers} servers; use --partitions {default_partitions(servers)}"
+        )
     if layout == "pairs" and (replicas != 2 or servers % 2):
         raise UsageError("layout pairs mirrors servers two by two: it needs --replicas 2 and an even number of servers")
 

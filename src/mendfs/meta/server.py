@@ -26,7 +26,7 @@ from mendfs.model import Attributes, Slot
 from mendfs.wire.messages import Message
 from mendfs.wire.messages import meta as messages
 from mendfs.wire.messages import session as session_messages
-from mendfs.wire.peer import Credentials, Peer, Received, Reply, Server, serve
+from mendfs.wire.peer import Credentials, Peer, Received, Server, serve
 from mendfs.world import World
 
 log = structlog.get_logger("meta")
@@ -35,7 +35,7 @@ STAT_FILES_MAX = 100_000
 """Files are counted up to here for statfs: a rough number is enough and must not cost seconds."""
 
 Result = TypeVar("Result")
-Handler = Callable[[Peer, Any], Awaitable[msgspec.Struct]]
+Handler = Callable[[Peer, Any], Awaitable[Message]]
 
 
 class MetaOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +106,7 @@ class MetaServer:
             await asyncio.gather(self._loops, return_exceptions=True)
         await self.state.engine.close()
 
-    async def handle(self, peer: Peer, message: Message, received: Received | None) -> Reply | msgspec.Struct:
+    async def handle(self, peer: Peer, message: Message, received: Received | None) -> Message:
         """Answer one request."""
         if received is not None:
             received.release()
