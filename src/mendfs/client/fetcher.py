@@ -1,0 +1,137 @@
+"""Verified pages of a block from whichever replica is best: replica choice, failover, hedging, read quorum, reports."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+
+import structlog
+
+from mendfs.blocks import page_count
+from mendfs.client.cache import ChecksumCache
+from mendfs.client.shared import Shared
+from mendfs.errors import MendfsError, ReplicaError, Unreachable
+from mendfs.model import BlockId, ServerNumber
+from mendfs.transfer import BlockRef, fetch_any, fetch_pages
+from mendfs.wire.messages.session import ReportReplica
+from mendfs.wire.peer import Peer
+
+log = structlog.get_logger("mendfs.client")
+
+HEDGE_MIN_S = 0.02
+"""Another replica is never asked earlier: below it, a second request costs more than it saves."""
+HEDGE_FACTOR = 4.0
+"""Times the running mean: only the slowest few per cent of requests are sent twice."""
+HEDGE_MAX_S = 1.0
+
+
+class Fetcher:
+    """Reads of blocks by one client."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._checksums = ChecksumCache()
+
+    async def fetch(self, ref: BlockRef, first_page: int, count: int, into: memoryview) -> None:
+        """Fill `into` with `count` pages from `first_page` on, verified. Raises AllReplicasFailed."""
+        order = self._order(ref)
+        others = self._shared.volume.read_quorum - 1
+        if others <= 0:
+            await self._fetch_any(order, ref, first_page, count, into)
+            return
+        # The first good copy is what is returned; the others are read so that a bad one is found (row A4).
+        compared = [self._compare(number, ref, first_page, count, len(into)) for number in order[1 : 1 + others]]
+        await asyncio.gather(self._fetch_any(order, ref, first_page, count, into), *compared)
+
+    def _order(self, ref: BlockRef) -> list[ServerNumber]:
+        """The servers to ask, in this order: members that answer at random, then moving ones, then suspects."""
+        rows = self._shared.session.table.rows
+        entries = list(rows[ref.partition])
+        self._shared.world.rng.shuffle(entries)
+        servers = self._shared.servers
+
+        def rank(number: ServerNumber, state: str) -> int:
+            if not servers.is_up(number):
+                return 2
+            return 0 if state == "member" else 1
+
+        ranked = sorted(entries, key=lambda entry: rank(entry.server, entry.state))
+        return [entry.server for entry in ranked]
+
+    async def _fetch_any(
+        self, order: Sequence[ServerNumber], ref: BlockRef, first_page: int, count: int, into: memoryview
+    ) -> None:
+        name = (ref.partition, ref.block)
+        candidates: list[Callable[[], Awaitable[Peer]]] = [partial(self._peer, number) for number in order]
+        failed = False
+
+        def report(index: int, error: ReplicaError) -> None:
+            nonlocal failed
+            failed = True
+            self._report(order[index], ref.block, error)
+
+        began_s = asyncio.get_running_loop().time()
+        first = self._shared.servers.find(order[0])
+        expected_s = first.expected_s(len(into)) if first is not None else 0.0
+        checksums = await fetch_any(
+            candidates,
+            ref,
+            first_page=first_page,
+            page_count=count,
+            into=into,
+            page_size=self._shared.volume.page_size,
+            kind=self._shared.volume.checksum,
+            checksums=self._checksums.get(name),
+            deadline_s=self._shared.options.get_timeout_s,
+            hedge_after_s=min(max(HEDGE_MIN_S, HEDGE_FACTOR * expected_s), HEDGE_MAX_S),
+            report=report,
+        )
+        self._checksums.add(name, checksums)
+        if first is not None and not failed:
+            first.took(asyncio.get_running_loop().time() - began_s, len(into))
+
+    async def _compare(self, number: ServerNumber, ref: BlockRef, first_page: int, count: int, length: int) -> None:
+        """Read one more replica, only to find out whether it is good."""
+        memory = self._shared.pool.take(length)
+        try:
+            await self._fetch_from(number, ref, first_page, count, memoryview(memory)[:length])
+        except MendfsError as error:
+            self._report(number, ref.block, error)
+        finally:
+            self._shared.pool.give(memory)
+
+    async def _fetch_from(
+        self, number: ServerNumber, ref: BlockRef, first_page: int, count: int, into: memoryview
+    ) -> None:
+        await fetch_pages(
+            await self._peer(number),
+            ref,
+            first_page=first_page,
+            page_count=count,
+            into=into,
+            page_size=self._shared.volume.page_size,
+            kind=self._shared.volume.checksum,
+            checksums=None,
+            deadline_s=self._shared.options.get_timeout_s,
+        )
+
+    async def verify(self, number: ServerNumber, ref: BlockRef) -> None:
+        """Read the whole replica on one server. Raises what is wrong with it."""
+        memory = self._shared.pool.take(ref.length)
+        pages = page_count(ref.length, self._shared.volume.page_size)
+        try:
+            await self._fetch_from(number, ref, 0, pages, memoryview(memory)[: ref.length])
+        finally:
+            self._shared.pool.give(memory)
+
+    async def _peer(self, number: ServerNumber) -> Peer:
+        return await self._shared.servers.get(number).peer()
+
+    def _report(self, number: ServerNumber, block: BlockId, error: MendfsError) -> None:
+        server = self._shared.servers.find(number)
+        if isinstance(error, Unreachable):
+            # The meta server sees that by itself; what it needs to hear of are replicas that are not right.
+            if server is not None:
+                server.failed(error)
+            return
+        log.warning("replica not usable, reading another", server=number, block=block, reason=str(error))
+        self._shared.session.push(ReportReplica(number, block, f"{error.code}: {error}"))

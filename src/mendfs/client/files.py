@@ -1,0 +1,278 @@
+"""What a client knows and holds of each inode: attributes, extents, unflushed writes, errors, opens.
+
+`version` says which state of the inode the cached extents are of; an answer about an older one is ignored, one about a
+newer one clears them. `kernel_version` is the state that the kernel's page cache agrees with: own commits move it
+along, as long as nobody else's change lies between.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import msgspec
+import structlog
+
+from mendfs.client.slot_buffer import SlotBuffer
+from mendfs.client.tasks import Changes
+from mendfs.errors import MendfsError
+from mendfs.model import (
+    Attributes,
+    BlockId,
+    CommitSequence,
+    Extent,
+    Incarnation,
+    Inode,
+    Partition,
+    ServerNumber,
+    Slot,
+    SlotExtents,
+)
+from mendfs.wire.messages.meta import Committed, Extents, Opened
+
+log = structlog.get_logger("mendfs.client")
+
+IDLE_FILES_MAX = 4096
+"""Files that nobody has open whose state is kept: it spares the kernel's cache and a metadata call when reopened."""
+SLOTS_KNOWN_MAX = 20_000
+"""Slots of one file whose extents are cached: about 10 MiB when blocks are tiny."""
+EXTENTS_IDLE_MAX = 64
+"""Extents kept for a file that nobody has open: enough for most files, little for 4,096 of them."""
+
+BlockName = tuple[Partition, BlockId]
+
+
+class Upload:
+    """One block on its way to its servers."""
+
+    def __init__(
+        self, name: BlockName, inode: Inode, slot: Slot, payload: list[memoryview], length: int, root: bytes
+    ) -> None:
+        self.name = name
+        self.inode = inode
+        self.slot = slot
+        self.payload = payload
+        self.length = length
+        self.root = root
+        self.acknowledged: dict[ServerNumber, Incarnation] = {}
+        self.named: frozenset[ServerNumber] | None = None
+        """The servers that the commit named, once it was sent."""
+        self.is_over = False
+        """Committed, or given up: its id is settled."""
+        self.is_committed = False
+        self.is_reusable = True
+        """False when a put ended without an answer: its bytes may still lie in a connection's buffers."""
+        self.putting: dict[ServerNumber, asyncio.Task[None]] = {}
+        self.errors: dict[ServerNumber, MendfsError] = {}
+        self.retry_at_s: dict[ServerNumber, float] = {}
+        self.memory: SlotBuffer | None = None
+        """Given back when no put needs it any more."""
+
+
+class Generation:
+    """The dirty bytes of one slot: collecting, then frozen and uploaded, then committed."""
+
+    def __init__(self, buffer: SlotBuffer) -> None:
+        self.buffer = buffer
+        self.upload: Upload | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.attempts = 0
+        self.is_wanted = False
+        """To be frozen as soon as the generation before it is committed."""
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Committed or failed; errors are kept by the file."""
+
+    def finish(self) -> None:
+        """It is committed, or lost."""
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+class Unsynced(msgspec.Struct):
+    """A committed block that no sync on W servers covers yet."""
+
+    slot: Slot
+    length: int
+    root: bytes
+    puts: dict[ServerNumber, Incarnation]
+    synced: set[ServerNumber]
+
+
+class File:
+    """One inode's state."""
+
+    def __init__(self, inode: Inode) -> None:
+        self.inode = inode
+        self.attributes: Attributes | None = None
+        self.version = CommitSequence(0)
+        self.kernel_version = CommitSequence(0)
+        self.slots: dict[Slot, tuple[Extent, ...]] = {}
+        """Extents of the slots that are known, holes as ()."""
+        self.collecting: dict[Slot, Generation] = {}
+        self.frozen: dict[Slot, Generation] = {}
+        self.ready: deque[Generation] = deque()
+        """Uploaded, to be committed."""
+        self.is_committing = False
+        self.changes = Changes()
+        self.lock = asyncio.Lock()
+        """Held by whatever must not meet a commit of older data: truncation and appends."""
+        self.errors: deque[MendfsError] = deque()
+        self.opens = 0
+        self.dirty_since_s: float | None = None
+        self.dirty_end = 0
+        self.written_ns = 0
+        self.unsynced: dict[BlockName, Unsynced] = {}
+        self.was_emptied = False
+        """Truncated to nothing since it was last made durable: close must do that first (design section 5)."""
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether a commit is still to come."""
+        return bool(self.collecting or self.frozen)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether its state may be forgotten."""
+        return not (self.opens or self.is_dirty or self.unsynced or self.is_committing or self.lock.locked())
+
+    @property
+    def size(self) -> int:
+        """The file's size, this client's unflushed writes included."""
+        return max(self.attributes.size if self.attributes else 0, self.dirty_end)
+
+    def take_error(self) -> None:
+        """Raise the oldest error of an upload or commit that nobody was told of, if there is one."""
+        if self.errors:
+            raise self.errors.popleft()
+
+    # --- learning from answers --------------------------------------------------------------------------------
+
+    def learn(self, attributes: Attributes) -> Attributes:
+        """Attributes from an answer; returns the newest known ones."""
+        if self.attributes is None or attributes.version >= self.attributes.version:
+            self.attributes = attributes
+        self._at_version(attributes.version)
+        return self.attributes
+
+    def _at_version(self, version: CommitSequence) -> bool:
+        """Whether an answer about `version` says something about the newest known state."""
+        if version > self.version:
+            self.slots.clear()
+            self.version = version
+        return version == self.version
+
+    def learn_opened(self, opened: Opened) -> bool:
+        """The answer to an open. Returns whether the kernel may keep what it has cached."""
+        self.learn(opened.attributes)
+        keep = opened.attributes.version == self.kernel_version
+        if opened.attributes.version == self.version:
+            self._learn_slots(opened.slots, range(opened.slots_complete))
+            self.kernel_version = self.version
+        return keep
+
+    def learn_extents(self, answer: Extents, first: Slot) -> bool:
+        """An answer with extents. False if it is older than what is known: ask again."""
+        if not self._at_version(answer.version):
+            return False
+        if self.attributes is not None and answer.version > self.attributes.version:
+            self.attributes = msgspec.structs.replace(self.attributes, size=answer.size)
+        self._learn_slots(answer.slots, range(first, answer.slots_complete))
+        return True
+
+    def _learn_slots(self, slots: Iterable[SlotExtents], complete: range) -> None:
+        if len(self.slots) + len(complete) > SLOTS_KNOWN_MAX:
+            self.slots.clear()
+        self.slots.update(dict.fromkeys((Slot(slot) for slot in complete), ()))
+        for each in slots:
+            self.slots[each.slot] = each.extents
+
+    def learn_committed(self, answer: Committed) -> None:
+        """The answer to an own commit."""
+        version = answer.attributes.version
+        if answer.previous_version == self.kernel_version:
+            self.kernel_version = version
+        if answer.previous_version == self.version:
+            self.version = version
+        elif version > self.version:
+            self.slots.clear()
+            self.version = version
+        if version == self.version:
+            self._learn_slots(answer.slots, range(0))
+        if self.attributes is None or version >= self.attributes.version:
+            self.attributes = answer.attributes
+        self._forget_overwritten(answer.slots)
+
+    def _forget_overwritten(self, slots: Iterable[SlotExtents]) -> None:
+        """Blocks that a slot names no more need no sync."""
+        if not self.unsynced:
+            return
+        now = {each.slot: {(extent.partition, extent.block) for extent in each.extents} for each in slots}
+        for name, entry in list(self.unsynced.items()):
+            if entry.slot in now and name not in now[entry.slot]:
+                del self.unsynced[name]
+
+    def forget_extents(self) -> None:
+        """Read them again before they are used."""
+        self.slots.clear()
+
+    def forget_all(self) -> None:
+        """The meta server lost changes: nothing known counts."""
+        self.attributes = None
+        self.version = self.kernel_version = CommitSequence(0)
+        self.slots.clear()
+
+    def shown(self, attributes: Attributes) -> Attributes:
+        """`attributes` as an application must see them: with this client's unflushed writes."""
+        if not self.is_dirty:
+            return attributes
+        return msgspec.structs.replace(
+            attributes,
+            size=max(attributes.size, self.dirty_end),
+            mtime_ns=max(attributes.mtime_ns, self.written_ns),
+            ctime_ns=max(attributes.ctime_ns, self.written_ns),
+        )
+
+
+class Files:
+    """The state of all inodes this client works with; that of idle ones is bounded."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Inode, File] = OrderedDict()
+
+    def __iter__(self) -> Iterator[File]:
+        return iter(list(self._files.values()))
+
+    def find(self, inode: Inode) -> File | None:
+        """The state of an inode, if there is one."""
+        return self._files.get(inode)
+
+    def get(self, inode: Inode) -> File:
+        """The state of an inode, begun if there is none."""
+        file = self._files.get(inode)
+        if file is None:
+            file = self._files[inode] = File(inode)
+            if len(self._files) > IDLE_FILES_MAX:
+                self._forget_idle(keep=file)
+        else:
+            self._files.move_to_end(inode)
+        return file
+
+    def _forget_idle(self, *, keep: File) -> None:
+        # A few of the oldest each time: one call never walks all files.
+        for inode, file in list(islice(self._files.items(), 8)):
+            if file.is_idle and file is not keep:
+                for error in file.errors:
+                    log.error("an error of a closed file was told to nobody", inode=inode, error=str(error))
+                del self._files[inode]
+            else:
+                self._files.move_to_end(inode)
+
+    def shown(self, attributes: Attributes) -> Attributes:
+        """Attributes from an answer as an application must see them."""
+        file = self._files.get(attributes.inode)
+        return attributes if file is None else file.shown(file.learn(attributes))
+
+    def settle(self, file: File) -> None:
+        """Nobody has the file open any more: keep little of it."""
+        if sum(map(len, file.slots.values())) + len(file.slots) > EXTENTS_IDLE_MAX:
+            file.slots.clear()

@@ -1,0 +1,179 @@
+"""The namespace as a client sees it: lookup to rename, attributes, extended attributes. Changes are made once."""
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from mendfs.client.durability import Durability
+from mendfs.client.files import File
+from mendfs.client.opens import Opens
+from mendfs.client.shared import Shared
+from mendfs.client.writer import Writer
+from mendfs.errors import CommitRefused, OperationError
+from mendfs.model import Attributes, Inode
+from mendfs.wire.messages import Message
+from mendfs.wire.messages import meta as messages
+from mendfs.wire.messages.meta import RequestId
+
+RENAME_NOREPLACE = 1
+REFUSED_MAX = 3
+"""New inode numbers tried when a range was void: the session was lost in between."""
+
+
+class Names:
+    """Operations on names and attributes of one client."""
+
+    def __init__(self, shared: Shared, writer: Writer, durability: Durability, opens: Opens) -> None:
+        self._shared = shared
+        self._writer = writer
+        self._durability = durability
+        self._opens = opens
+
+    async def _change(self, build: Callable[[RequestId], Message]) -> Attributes:
+        found = await self._shared.session.change(build, messages.Found)
+        return self._shared.files.shown(found.attributes)
+
+    def _now_ns(self) -> int:
+        return self._shared.world.now_ns()
+
+    async def lookup(self, parent: Inode, name: bytes) -> Attributes:
+        """The inode that a name stands for."""
+        found = await self._shared.session.query(messages.Lookup(parent, name), messages.Found)
+        return self._shared.files.shown(found.attributes)
+
+    async def attributes(self, inode: Inode) -> Attributes:
+        """Fresh attributes, with this client's unflushed writes."""
+        found = await self._shared.session.query(messages.GetAttributes(inode), messages.Found)
+        return self._shared.files.shown(found.attributes)
+
+    async def make(
+        self, parent: Inode, name: bytes, mode: int, *, uid: int, gid: int, rdev: int, target: bytes, open: bool
+    ) -> Attributes:
+        """Make a file, directory, symbolic link, fifo, socket or device."""
+        for attempt in range(REFUSED_MAX):
+            inode = Inode(await self._shared.inodes.take())
+            now_ns = self._now_ns()
+
+            def build(at: RequestId, inode: Inode = inode, now_ns: int = now_ns) -> Message:
+                return messages.Make(
+                    at, parent, name, inode, mode, uid, gid, now_ns, rdev=rdev, target=target, open=open
+                )
+
+            try:
+                return await self._change(build)
+            except CommitRefused:
+                if attempt == REFUSED_MAX - 1:
+                    raise
+            finally:
+                self._shared.inodes.settle(inode)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def link(self, inode: Inode, parent: Inode, name: bytes) -> Attributes:
+        """One more name for an inode."""
+        now_ns = self._now_ns()
+        return await self._change(lambda at: messages.Link(at, inode, parent, name, now_ns))
+
+    async def unlink(self, parent: Inode, name: bytes, *, directory: bool) -> Attributes | None:
+        """Remove a name."""
+        now_ns = self._now_ns()
+        removed = await self._shared.session.change(
+            lambda at: messages.Unlink(at, parent, name, directory, now_ns), messages.Removed
+        )
+        return self._removed(removed)
+
+    def _removed(self, removed: messages.Removed) -> Attributes | None:
+        if removed.attributes is None:
+            return None
+        attributes = self._shared.files.shown(removed.attributes)
+        file = self._shared.files.find(attributes.inode)
+        if attributes.nlink == 0 and file is not None and not file.opens:
+            file.unsynced.clear()  # nobody can ever read it again
+        return attributes
+
+    async def rename(
+        self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes, flags: int
+    ) -> Attributes | None:
+        """As renameat2; returns what was replaced. What replaces something is made durable before."""
+        if not flags & RENAME_NOREPLACE and (self._durability.has_unsynced or self._writer.dirty_files()):
+            await self._secure(parent, name, new_parent, new_name)
+        now_ns = self._now_ns()
+        removed = await self._shared.session.change(
+            lambda at: messages.Rename(at, parent, name, new_parent, new_name, flags, now_ns), messages.Removed
+        )
+        return self._removed(removed)
+
+    async def _secure(self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes) -> None:
+        """Write to a new file, rename over the old one: a power cut must leave one of them (design section 5)."""
+        try:
+            source = await self.lookup(parent, name)
+            file = self._shared.files.find(source.inode)
+            if file is None or not (file.is_dirty or file.unsynced):
+                return
+            await self.lookup(new_parent, new_name)
+        except OperationError:
+            return  # nothing there to replace, or nothing to rename: the rename itself will say
+        await self._writer.drain(file)
+        await self._durability.sync_data([file])
+
+    async def set_attributes(
+        self,
+        inode: Inode,
+        *,
+        mode: int | None,
+        uid: int | None,
+        gid: int | None,
+        size: int | None,
+        atime_ns: int | None,
+        mtime_ns: int | None,
+    ) -> Attributes:
+        """Change what is not None."""
+        now_ns = self._now_ns()
+
+        async def send() -> Attributes:
+            found = await self._shared.session.change(
+                lambda at: messages.SetAttributes(at, inode, now_ns, mode, uid, gid, size, atime_ns, mtime_ns),
+                messages.Found,
+            )
+            return found.attributes
+
+        file = self._shared.files.find(inode)
+        others = (mode, uid, gid, atime_ns, mtime_ns)
+        if file is not None and any(value is not None for value in others):
+            # A commit sets mtime and ctime: it must not come after these.
+            await self._writer.drain(file)
+        if size is None:
+            return self._shared.files.shown(await send())
+        return await self._truncate(self._shared.files.get(inode), size, send)
+
+    async def _truncate(self, file: File, size: int, send: Callable[[], Awaitable[Attributes]]) -> Attributes:
+        async with file.lock:
+            # No commit of older data may pass the truncation: with the lock held nothing new sets out.
+            await self._writer.wait_for_commits(file)
+            had_data = file.size > 0
+            attributes = await send()
+            self._writer.clip(file, size)
+            file.learn(attributes)
+            if size == 0 and had_data:
+                file.was_emptied = True
+                file.unsynced.clear()
+        return file.shown(attributes)
+
+    def shown_listing(self, listing: messages.Listing) -> messages.Listing:
+        """A listing's attributes with this client's unflushed writes."""
+        entries = tuple(
+            entry
+            if entry.attributes is None or self._shared.files.find(entry.inode) is None
+            else msgspec.structs.replace(entry, attributes=self._shared.files.shown(entry.attributes))
+            for entry in listing.entries
+        )
+        return msgspec.structs.replace(listing, entries=entries)
+
+    async def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int) -> None:
+        """Set an extended attribute."""
+        now_ns = self._now_ns()
+        await self._change(lambda at: messages.SetXattr(at, inode, name, value, flags, now_ns))
+
+    async def remove_xattr(self, inode: Inode, name: bytes) -> None:
+        """Remove an extended attribute."""
+        now_ns = self._now_ns()
+        await self._change(lambda at: messages.RemoveXattr(at, inode, name, now_ns))

@@ -1,0 +1,90 @@
+"""One descriptor of a file: what an application does between open and close."""
+
+import os
+
+from mendfs.client.append import Appender
+from mendfs.client.durability import Durability
+from mendfs.client.files import File
+from mendfs.client.opens import Opens
+from mendfs.client.reader import Reader, Stream
+from mendfs.client.writer import Writer
+from mendfs.model import Attributes, Inode
+
+
+class OpenFile:
+    """Made by `Volume.open_file` and `Volume.open_made`. `attributes` are those at the open."""
+
+    def __init__(
+        self,
+        file: File,
+        *,
+        flags: int,
+        keep_cache: bool,
+        reader: Reader,
+        writer: Writer,
+        appender: Appender,
+        durability: Durability,
+        opens: Opens,
+    ) -> None:
+        assert file.attributes is not None, "opening has learnt them"
+        self.inode: Inode = file.inode
+        self.attributes: Attributes = file.shown(file.attributes)
+        self.keep_cache = keep_cache
+        """Whether the kernel may keep the pages it has cached: nobody else has changed the file."""
+        self.flags = flags
+        self._file = file
+        self._stream = Stream()
+        self._is_append = bool(flags & os.O_APPEND)
+        self._is_released = False
+        self._reader = reader
+        self._writer = writer
+        self._appender = appender
+        self._durability = durability
+        self._opens = opens
+
+    async def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset` on; returns the bytes read, fewer only at the end of the file."""
+        return await self._reader.read_into(self._file, self._stream, buffer, offset)
+
+    def try_write(self, data: memoryview, offset: int) -> bool:
+        """Take all of `data` without waiting, or return False: then use `write`. Raises an error not told yet."""
+        return not self._is_append and self._writer.try_write(self._file, data, offset)
+
+    async def write(self, data: memoryview | bytes | bytearray, offset: int) -> int:
+        """Write `data` at `offset`, or at the end of the file if it was opened with O_APPEND; returns its length.
+
+        `data` must stay as it is until this returns. Raises an error of an earlier write that was not told yet.
+        """
+        view = memoryview(data)
+        if not view:
+            self._file.take_error()
+        elif self._is_append:
+            await self._appender.append(self._file, view)
+        else:
+            await self._writer.write(self._file, view, offset)
+        return len(view)
+
+    async def flush(self) -> None:
+        """What close(2) waits for: W replicas have the data and it is committed. Raises an error not told yet."""
+        await self._writer.flush(self._file)
+        if self._file.was_emptied and self._file.unsynced:
+            # The old contents are gone: a power cut must not take the new ones too (design section 5).
+            await self._durability.sync_data([self._file])
+        self._file.was_emptied = False
+
+    async def fsync(self, datasync: bool = False) -> None:
+        """Everything of the file is durable afterwards: data on W servers first, then the metadata's log."""
+        await self._writer.flush(self._file)
+        await self._durability.sync_data([self._file])
+        await self._durability.sync_log()
+        self._file.take_error()
+
+    async def release(self) -> None:
+        """The descriptor is gone. Errors not told yet stay with the file."""
+        if self._is_released:
+            return
+        self._is_released = True
+        try:
+            await self._writer.drain(self._file)
+        finally:
+            self._opens.closed(self._file)
