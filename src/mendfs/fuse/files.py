@@ -1,0 +1,154 @@
+"""Open files: OPEN and CREATE to RELEASE. Data goes between the kernel's buffers and the volume without our copying."""
+
+import errno
+import os
+import stat
+
+import structlog
+
+from mendfs.errors import MendfsError, OperationError
+from mendfs.fuse import protocol_replies
+from mendfs.fuse.channel import Channel
+from mendfs.fuse.constants import FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH
+from mendfs.fuse.handles import Handles
+from mendfs.fuse.names import kept_mode
+from mendfs.fuse.protocol_replies import Replies
+from mendfs.fuse.protocol_requests import Create, Flush, Fsync, Header, Open, Read, Release, Write
+from mendfs.fuse.served import ServedFile, ServedVolume
+from mendfs.model import Inode
+from mendfs.world.buffers import BufferPool
+
+log = structlog.get_logger("mendfs.fuse")
+
+
+class OpenFile:
+    """One open(2), and what the kernel knows it as."""
+
+    __slots__ = ("file", "inode", "is_writable", "mode")
+
+    def __init__(self, file: ServedFile, flags: int) -> None:
+        self.file = file
+        self.inode = file.attributes.inode
+        self.mode = file.attributes.mode
+        """As last known: whether it has set-id bits that a write takes away."""
+        self.is_writable = flags & os.O_ACCMODE != os.O_RDONLY
+
+
+class Files:
+    """The mount's open files."""
+
+    def __init__(self, volume: ServedVolume, replies: Replies, pool: BufferPool) -> None:
+        self._volume = volume
+        self._replies = replies
+        self._pool = pool
+        self._handles: Handles[OpenFile] = Handles()
+        self._opens: dict[Inode, int] = {}
+
+    # --- opening and closing ----------------------------------------------------------------------------------
+
+    def is_open(self, inode: Inode) -> bool:
+        """Whether a descriptor or a mapping of it exists on this mount."""
+        return inode in self._opens
+
+    def mode_changed(self, inode: Inode, mode: int) -> None:
+        """chmod: later writes through files that are already open must know of set-id bits."""
+        if inode in self._opens:
+            for opened in self._handles:
+                if opened.inode == inode:
+                    opened.mode = mode
+
+    def _add(self, file: ServedFile, flags: int) -> bytes:
+        opened = OpenFile(file, flags)
+        self._opens[opened.inode] = self._opens.get(opened.inode, 0) + 1
+        answer = FOPEN_KEEP_CACHE if file.keep_cache else 0
+        if flags & os.O_APPEND:
+            # The kernel's idea of the end may be old: bytes must not go through its cache at that offset.
+            answer |= FOPEN_DIRECT_IO
+        if not opened.is_writable:
+            # Nothing to flush: spares a request at each close. Locks will need it: they go when a descriptor is closed.
+            answer |= FOPEN_NOFLUSH
+        return protocol_replies.opened(self._handles.add(opened), answer)
+
+    async def open(self, header: Header, request: Open) -> bytes:
+        """Revalidates; O_TRUNC is done here."""
+        inode = Inode(header.node)
+        file = await self._volume.open_file(inode, flags=request.flags)
+        mode = file.attributes.mode
+        if request.kill_suid_sgid and kept_mode(mode) != mode:
+            try:
+                await self._volume.set_attributes(inode, mode=stat.S_IMODE(kept_mode(mode)))
+            except MendfsError:
+                await file.release()
+                raise
+        return self._add(file, request.flags)
+
+    async def create(self, header: Header, request: Create) -> bytes:
+        """Make and open in one request."""
+        mode = stat.S_IFREG | stat.S_IMODE(request.mode)
+        try:
+            attributes = await self._volume.make(
+                Inode(header.node), request.name, mode, uid=header.uid, gid=header.gid, open=True
+            )
+        except OperationError as error:
+            if error.errno == errno.EEXIST and not request.flags & os.O_EXCL:
+                # Made by another mount since the kernel looked. ESTALE makes it look again and open what is there,
+                # with the permission check that opening it here would leave out.
+                raise OperationError(errno.ESTALE) from None
+            raise
+        file = await self._volume.open_made(attributes, flags=request.flags)
+        return self._replies.entry(attributes) + self._add(file, request.flags)
+
+    async def flush(self, header: Header, request: Flush) -> bytes:
+        """close(2): what was written is stored and committed, or its error is told."""
+        await self._handles.get(request.handle).file.flush()
+        return b""
+
+    async def fsync(self, header: Header, request: Fsync) -> bytes:
+        """Durable."""
+        await self._handles.get(request.handle).file.fsync(request.is_datasync)
+        return b""
+
+    def remove(self, request: Release) -> ServedFile:
+        """The last descriptor is gone: the caller releases the file."""
+        opened = self._handles.remove(request.handle)
+        left = self._opens[opened.inode] - 1
+        if left:
+            self._opens[opened.inode] = left
+        else:
+            del self._opens[opened.inode]
+        return opened.file
+
+    async def release_all(self) -> None:
+        """The mount is gone, and the kernel releases nothing any more."""
+        for opened in self._handles:
+            try:
+                await opened.file.release()
+            except MendfsError as error:
+                log.error("releasing a file failed", inode=opened.inode, error=str(error))
+
+    # --- data -------------------------------------------------------------------------------------------------
+
+    async def read(self, channel: Channel, header: Header, request: Read) -> None:
+        """Answers by itself: the buffer goes back to the pool when the kernel has copied it."""
+        file = self._handles.get(request.handle).file
+        buffer = self._pool.take(request.size)
+        view = memoryview(buffer)[: request.size]
+        count = await file.read_into(view, request.offset)
+        channel.answer(header.unique, view[:count])
+        # Not in a `finally`: after an error nobody knows who may still write into the buffer, so it is let go.
+        self._pool.give(buffer)
+
+    def try_write(self, request: Write, data: memoryview) -> bool:
+        """Whether the bytes could be taken without waiting."""
+        opened = self._handles.get(request.handle)
+        if request.kill_suid_sgid and kept_mode(opened.mode) != opened.mode:
+            return False
+        return opened.file.try_write(data, request.offset)
+
+    async def write(self, request: Write, data: memoryview) -> bytes:
+        """Take the bytes, waiting for room."""
+        opened = self._handles.get(request.handle)
+        if request.kill_suid_sgid and kept_mode(opened.mode) != opened.mode:
+            attributes = await self._volume.set_attributes(opened.inode, mode=stat.S_IMODE(kept_mode(opened.mode)))
+            self.mode_changed(opened.inode, attributes.mode)
+        return protocol_replies.written(await opened.file.write(data, request.offset))

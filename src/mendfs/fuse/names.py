@@ -1,0 +1,197 @@
+"""Names and inodes: each operation of the kernel as a call of the volume and its answer.
+
+Nothing is remembered about inodes, so FORGET needs no work: the kernel's node is the inode number.
+"""
+
+import errno
+import stat
+from collections.abc import Callable
+
+from mendfs.errors import OperationError
+from mendfs.fuse import protocol_replies
+from mendfs.fuse.protocol_replies import Replies
+from mendfs.fuse.protocol_requests import (
+    GetAttributes,
+    GetXattr,
+    Header,
+    Link,
+    ListXattr,
+    MakeDirectory,
+    MakeNode,
+    Name,
+    Nothing,
+    Rename,
+    SetAttributes,
+    SetXattr,
+    Symlink,
+)
+from mendfs.fuse.served import ServedVolume
+from mendfs.model import NAME_BYTES_MAX, Inode
+
+STATFS_BLOCK_BYTES = 4096
+INODES_MAX = 1 << 40
+"""What `df -i` shows as possible: numbers are plentiful, room is the limit."""
+CAPABILITY = b"security.capability"
+UNSUPPORTED_XATTRS = (CAPABILITY, b"system.posix_acl_access", b"system.posix_acl_default")
+"""File capabilities and ACLs would be kept but not enforced: a refusal is honest, and answered without the volume."""
+
+
+def kept_mode(mode: int) -> int:
+    """`mode` after a change of owner, a truncation or a write by an ordinary user: without set-id bits."""
+    mode &= ~stat.S_ISUID
+    # Without group execution the bit is not set-group-id but mandatory locking: Linux leaves it.
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode
+
+
+class Names:
+    """LOOKUP to STATFS, extended attributes: everything that is no open file or directory."""
+
+    def __init__(
+        self,
+        volume: ServedVolume,
+        replies: Replies,
+        now_ns: Callable[[], int],
+        mode_changed: Callable[[Inode, int], None],
+    ) -> None:
+        self._volume = volume
+        self._replies = replies
+        self._now_ns = now_ns
+        self._mode_changed = mode_changed
+
+    async def lookup(self, header: Header, request: Name) -> bytes:
+        """`.` and `..` come when the mount is exported: the node may then be a file."""
+        node = Inode(header.node)
+        found = self._volume.attributes(node) if request.name == b"." else self._volume.lookup(node, request.name)
+        return self._replies.entry(await found)
+
+    async def get_attributes(self, header: Header, request: GetAttributes) -> bytes:
+        """With this mount's unflushed writes."""
+        return self._replies.attributes(await self._volume.attributes(Inode(header.node)))
+
+    async def set_attributes(self, header: Header, request: SetAttributes) -> bytes:
+        """Mode, owner, size, times."""
+        inode = Inode(header.node)
+        mode = request.mode
+        if request.kill_suid_sgid and mode is None:
+            # The bits go in the same change as the owner: never is a program set-user-id for its new owner.
+            now = (await self._volume.attributes(inode)).mode
+            mode = kept_mode(now) if stat.S_ISREG(now) and kept_mode(now) != now else None
+        attributes = await self._volume.set_attributes(
+            inode,
+            mode=None if mode is None else stat.S_IMODE(mode),
+            uid=request.uid,
+            gid=request.gid,
+            size=request.size,
+            atime_ns=self._now_ns() if request.atime_is_now else request.atime_ns,
+            mtime_ns=self._now_ns() if request.mtime_is_now else request.mtime_ns,
+        )
+        if mode is not None:
+            self._mode_changed(inode, attributes.mode)
+        return self._replies.attributes(attributes)
+
+    async def readlink(self, header: Header, request: Nothing) -> bytes:
+        """The link's text."""
+        return await self._volume.readlink(Inode(header.node))
+
+    async def symlink(self, header: Header, request: Symlink) -> bytes:
+        """A symbolic link."""
+        attributes = await self._volume.make(
+            Inode(header.node),
+            request.name,
+            stat.S_IFLNK | 0o777,
+            uid=header.uid,
+            gid=header.gid,
+            target=request.target,
+        )
+        return self._replies.entry(attributes)
+
+    async def make_node(self, header: Header, request: MakeNode) -> bytes:
+        """A file, fifo, socket or device."""
+        attributes = await self._volume.make(
+            Inode(header.node), request.name, request.mode, uid=header.uid, gid=header.gid, rdev=request.rdev
+        )
+        return self._replies.entry(attributes)
+
+    async def make_directory(self, header: Header, request: MakeDirectory) -> bytes:
+        """A directory."""
+        mode = stat.S_IFDIR | stat.S_IMODE(request.mode)
+        attributes = await self._volume.make(Inode(header.node), request.name, mode, uid=header.uid, gid=header.gid)
+        return self._replies.entry(attributes)
+
+    async def unlink(self, header: Header, request: Name) -> bytes:
+        """Remove a name; the inode lives on while it has others, or is open."""
+        await self._volume.unlink(Inode(header.node), request.name)
+        return b""
+
+    async def rmdir(self, header: Header, request: Name) -> bytes:
+        """Remove an empty directory."""
+        await self._volume.rmdir(Inode(header.node), request.name)
+        return b""
+
+    async def rename(self, header: Header, request: Rename) -> bytes:
+        """RENAME, and RENAME2 with its flags; the volume refuses those it does not know."""
+        await self._volume.rename(
+            Inode(header.node), request.name, Inode(request.new_parent), request.new_name, request.flags
+        )
+        return b""
+
+    async def link(self, header: Header, request: Link) -> bytes:
+        """One more name."""
+        return self._replies.entry(await self._volume.link(Inode(request.target), Inode(header.node), request.name))
+
+    async def statfs(self, header: Header, request: Nothing) -> bytes:
+        """Room for user data, in blocks of 4 KiB."""
+        room = await self._volume.stat_volume()
+        return protocol_replies.statfs(
+            blocks=room.bytes_total // STATFS_BLOCK_BYTES,
+            blocks_free=room.bytes_free // STATFS_BLOCK_BYTES,
+            files=INODES_MAX,
+            files_free=max(INODES_MAX - room.files, 0),
+            block_bytes=STATFS_BLOCK_BYTES,
+            io_bytes=STATFS_BLOCK_BYTES,
+            name_bytes_max=NAME_BYTES_MAX,
+        )
+
+    async def sync(self, header: Header, request: Nothing) -> bytes:
+        """SYNCFS: everything durable."""
+        await self._volume.sync()
+        return b""
+
+    # --- extended attributes ----------------------------------------------------------------------------------
+
+    def known_xattr(self, request: GetXattr) -> int | None:
+        """The errno of an attribute that no inode has; None: ask the volume."""
+        if request.name not in UNSUPPORTED_XATTRS:
+            return None
+        return errno.ENODATA if request.name == CAPABILITY else errno.EOPNOTSUPP
+
+    async def get_xattr(self, header: Header, request: GetXattr) -> bytes:
+        """A value, or its length."""
+        return _sized(await self._volume.get_xattr(Inode(header.node), request.name), request.size)
+
+    async def list_xattr(self, header: Header, request: ListXattr) -> bytes:
+        """The names, each with its NUL."""
+        names = await self._volume.list_xattr(Inode(header.node))
+        return _sized(b"".join(name + b"\0" for name in names), request.size)
+
+    async def set_xattr(self, header: Header, request: SetXattr) -> bytes:
+        """Set, create or replace."""
+        if request.name in UNSUPPORTED_XATTRS:
+            raise OperationError(errno.EOPNOTSUPP)
+        await self._volume.set_xattr(Inode(header.node), request.name, request.value, request.flags)
+        return b""
+
+    async def remove_xattr(self, header: Header, request: Name) -> bytes:
+        """Remove one."""
+        if request.name in UNSUPPORTED_XATTRS:
+            raise OperationError(errno.ENODATA if request.name == CAPABILITY else errno.EOPNOTSUPP)
+        await self._volume.remove_xattr(Inode(header.node), request.name)
+        return b""
+
+
+def _sized(value: bytes, size: int) -> bytes:
+    if size == 0:
+        return protocol_replies.xattr_size(len(value))
+    if len(value) > size:
+        raise OperationError(errno.ERANGE)
+    return value
