@@ -122,7 +122,7 @@ async def first_of(*waits: Awaitable[object]) -> None:
         task.result()
 
 
-async def run(role: Role) -> None:
+async def run(role: Role, say: Callable[[Report], None]) -> None:
     """Run one role until it is asked to stop. One that is not ready by then is just given up."""
     stop = stop_asked()
     is_ready = False
@@ -177,7 +177,7 @@ def main() -> None:
     # What is imported by now stays for ever: collections need not look at it again.
     gc.freeze()
     try:
-        uvloop.run(run(role))
+        uvloop.run(run(role, say))
     except MendfsError as error:
         say(Failed(str(error), error.exit_code))
         sys.exit(error.exit_code)

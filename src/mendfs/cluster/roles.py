@@ -6,6 +6,7 @@ Imports are inside the functions: a data server needs no FUSE, and a mount no Ro
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import Callable
 
 from mendfs.cluster.child import (
@@ -18,7 +19,7 @@ from mendfs.cluster.child import (
     first_of,
 )
 from mendfs.cluster.folder import ClusterFolder, read_secret
-from mendfs.world import World, real_world
+from mendfs.world import real_world
 
 Say = Callable[[Report], None]
 
@@ -74,6 +75,7 @@ async def run_data(role: DataChild, stop: asyncio.Event, say: Say) -> None:
 async def run_mount(role: MountChild, stop: asyncio.Event, say: Say) -> None:
     """Mount a volume until it is unmounted or asked to stop; then flush, and note what could not be."""
     from mendfs.client.volume import Volume, VolumeOptions
+    from mendfs.fuse.device import MountFlags
     from mendfs.fuse.server import MountOptions, serve_mount
 
     world = real_world()
@@ -81,16 +83,18 @@ async def run_mount(role: MountChild, stop: asyncio.Event, say: Say) -> None:
     name = f"{socket.gethostname()}:{role.mountpoint} (process {os.getpid()})"
     options = VolumeOptions(meta=role.meta, name=name, read_only=role.read_only, open_timeout_s=OPEN_TIMEOUT_S)
     volume = await Volume.open(world, options, secret)
-    mount = await serve_mount(volume, role.mountpoint, MountOptions(read_only=role.read_only))
+    flags = MountFlags(is_read_only=role.read_only, allow_nonempty=role.allow_nonempty)
+    try:
+        mount = await serve_mount(volume, role.mountpoint, MountOptions(flags=flags))
+    except BaseException:
+        await volume.close()
+        raise
     say(Ready(role.mountpoint))
     await first_of(stop.wait(), mount.wait())
-    timeout_s = _flush_timeout(world, role)
-    await mount.unmount()
-    unflushed = await volume.close(timeout_s)
-    if role.folder:
-        ClusterFolder(world.disk, role.folder).write_unflushed(unflushed)
-
-
-def _flush_timeout(world: World, role: MountChild) -> float:
-    wish = ClusterFolder(world.disk, role.folder).read_stop() if role.folder else None
-    return FLUSH_TIMEOUT_S if wish is None else wish.timeout_s
+    folder = ClusterFolder(world.disk, role.folder) if role.folder else None
+    wish = folder.read_stop() if folder is not None else None
+    unflushed = await mount.unmount(FLUSH_TIMEOUT_S if wish is None else wish.timeout_s)
+    if folder is not None:
+        folder.write_unflushed(unflushed)
+    for line in unflushed:
+        print(line, file=sys.stderr)

@@ -59,7 +59,7 @@ class Supervisor:
         self._world = world
         self._processes = processes
         self._folder = folder
-        self._notice = notice
+        self.notice = notice
         self._record = record
         self.kept = kept
 
@@ -138,18 +138,18 @@ class Supervisor:
             assert kept.child is not None, "start() spawned it"
             status = await kept.child.exited()
             kept.is_up = False
-            self._notice(
+            self.notice(
                 f"{kept.name} (process {kept.child.identity.pid}) ended with {_ending(status)}: starting it again"
             )
             await asyncio.sleep(kept.backoff.delay_s(loop.time() - kept.since_s))
             try:
                 await self._start_again(kept)
             except MendfsError as error:
-                self._notice(f"{kept.name} could not be started: {error}")
+                self.notice(f"{kept.name} could not be started: {error}")
                 # It has ended or is about to; one that hangs before it is ready is of no use to anybody.
                 kept.child.signal(signal.SIGKILL)
                 continue
-            self._notice(f"{kept.name} is up again (process {kept.child.identity.pid})")
+            self.notice(f"{kept.name} is up again (process {kept.child.identity.pid})")
 
     async def _start_again(self, kept: Kept) -> None:
         if isinstance(kept.role, MountChild):

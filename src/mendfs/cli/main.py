@@ -1,0 +1,91 @@
+"""The command line's frame: commands, one-line errors, exit codes (0 done, 1 failed, 2 wrong usage).
+
+A user never sees a traceback: what we did not foresee is one line too, with the way to see more. Commands import what
+they need when they run, so that `mendfs --help` and small commands answer at once.
+"""
+
+import os
+import sys
+import traceback
+
+import typer
+
+from mendfs import __version__
+from mendfs.cli import cluster, files, look, machines
+from mendfs.errors import MendfsError
+
+INTERRUPTED = 130
+"""What shells report for a command ended by Ctrl-C."""
+DEBUG = "MENDFS_DEBUG"
+
+app = typer.Typer(
+    name="mendfs",
+    help="A fault-tolerant distributed file system that you mount, and that mends itself.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: bool = typer.Option(False, "--version", help="Show the version.", is_eager=True)) -> None:
+    """A fault-tolerant distributed file system that you mount, and that mends itself."""
+    if show:
+        print(f"mendfs {__version__}")
+        raise typer.Exit
+
+
+for group in (cluster, machines, look, files):
+    group.register(app)
+
+
+def complain(text: str) -> None:
+    """One line on standard error."""
+    print(f"mendfs: {' '.join(text.split())}", file=sys.stderr)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments or ["--help"], prog_name="mendfs", standalone_mode=False)
+        sys.stdout.flush()
+    except MendfsError as error:
+        complain(str(error) or error.code)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has what it wanted ("mendfs ls | head"); Python would complain once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+        return 1
+    except Exception as error:
+        return _unforeseen(error)
+    return code if isinstance(code, int) else 0
+
+
+def _unforeseen(error: Exception) -> int:
+    # Wrong usage, in the words of the option parser; it has no public base class to be caught by.
+    message = getattr(error, "format_message", None)
+    if message is not None:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "mendfs"
+        complain(f'{str(message()).rstrip(".")}: see "{path} --help"')
+        return 2
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    complain(f"internal error, {type(error).__name__}: {error} ({DEBUG}=1 shows where)")
+    return 1
+
+
+def main() -> None:
+    """The entry point of the `mendfs` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""A volume for one command: opened, used, flushed and closed; and paths as people name them."""
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from mendfs.cli.options import Located
+from mendfs.client.volume import Volume, VolumeOptions
+from mendfs.cluster.folder import read_secret
+from mendfs.errors import MendfsError, UsageError
+from mendfs.fuse import device
+from mendfs.world import real_world
+
+
+@asynccontextmanager
+async def open_volume(located: Located, *, read_only: bool = False) -> AsyncIterator[Volume]:
+    """Open the volume; what was written is durable when the block ends without an error."""
+    world = real_world()
+    name = f"{socket.gethostname()}: a command (process {os.getpid()})"
+    options = VolumeOptions(meta=located.meta, name=name, read_only=read_only)
+    volume = await Volume.open(world, options, read_secret(world.disk, located.secret_path))
+    try:
+        yield volume
+    except BaseException:
+        await volume.close()
+        raise
+    unflushed = await volume.close()
+    if unflushed:
+        raise MendfsError(f"not everything was stored: {'; '.join(unflushed)}")
+
+
+def path_in_volume(path: str) -> str:
+    """The path inside the volume that is meant: one below a mount of ours is taken from there on."""
+    whole = device.absolute(path)
+    mountpoints = [entry.mountpoint for entry in device.mount_entries() if entry.file_system == device.FILE_SYSTEM]
+    for mountpoint in sorted(mountpoints, key=len, reverse=True):
+        if whole == mountpoint or whole.startswith(mountpoint.rstrip("/") + "/"):
+            return "/" + whole[len(mountpoint) :].strip("/")
+    if not path.startswith("/"):
+        raise UsageError(f"{path} is not below a mount: name a path in the volume, from / on")
+    return path
