@@ -71,10 +71,11 @@ class Calls:
 
     def begin(self, deadline: float, into: memoryview | None) -> tuple[int, Call]:
         """A new call and its request id."""
-        self._last_id += 1
-        call = self._calls[self._last_id] = Call(self._loop.create_future(), deadline, into)
-        self._timer.include(deadline)
-        return self._last_id, call
+        self._last_id = request_id = self._last_id + 1
+        call = self._calls[request_id] = Call(self._loop.create_future(), deadline, into)
+        if deadline < self._timer.at:
+            self._timer.include(deadline)
+        return request_id, call
 
     def place_payload(self, request_id: int, length: int) -> memoryview | None:
         """Memory for the payload of an answer; None if nobody waits for it, or it is longer than was asked for."""

@@ -7,6 +7,7 @@ ends the connection with a logged reason and touches no other one.
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from mendfs.wire.frame import ANSWER, CANCEL, FAILURE, PUSH, REQUEST, Header
 from mendfs.wire.handshake import Accepting, Connecting
 from mendfs.wire.messages import Message
 from mendfs.wire.messages.session import Failure
-from mendfs.wire.outbox import Outbox, Outgoing, Payload
+from mendfs.wire.outbox import Outbox, Payload
 from mendfs.wire.payload import Received
 from mendfs.wire.protocol import FrameReader
 from mendfs.wire.requests import Reply, Requests, Result, error_of, failure_of
@@ -79,9 +80,8 @@ class Peer(FrameReader):
         self._outbox: Outbox
         self._reason: MendfsError | None = None
         self._calls = Calls(loop, pool, self._give_up)
-        self._requests = Requests(loop, lambda *args: handler(self, *args), self._answer, self._regulate)
+        self._requests = Requests(loop, functools.partial(handler, self), self._answer, self._request_ended)
         self._incoming: Received | None = None
-        self._is_reading_paused = False
 
     # For those who use the connection.
 
@@ -101,14 +101,13 @@ class Peer(FrameReader):
         if self.is_closed:
             raise self._ended()
         request_id, call = self._calls.begin(deadline, into)
-        payload_bytes = sum(map(len, payload)) if payload else 0
-        deadline_ms = min(int(deadline_s * 1000) + 1, frame.DEADLINE_MS_MAX)
         try:
+            payload_bytes = sum(map(len, payload)) if payload else 0
+            deadline_ms = min(int(deadline_s * 1000) + 1, frame.DEADLINE_MS_MAX)
             head = frame.encode(REQUEST, request_id, message, payload_bytes, deadline_ms)
             # A caller that is alone waits for nobody; calls of many leave together.
-            self._outbox.send(
-                Outgoing(request_id, head, payload, len(head) + payload_bytes), at_once=len(self._calls) == 1
-            )
+            at_once = len(self._calls) == 1
+            self._outbox.send(head, payload, payload_bytes, at_once=at_once, request_id=request_id)
             answer, received = await call.future
         except BaseException:
             if self._calls.forget(request_id):
@@ -127,11 +126,11 @@ class Peer(FrameReader):
         if len(self._outbox) >= FRAMES_WAITING_MAX:
             self.abort(Unreachable(f"{self.remote_address} does not read what it is sent"))
             return
-        head = frame.encode(PUSH, 0, message)
-        self._outbox.send(Outgoing(0, head, (), len(head)), at_once=False)
+        self._outbox.send(frame.encode(PUSH, 0, message), at_once=False)
 
     def abort(self, reason: MendfsError) -> None:
         """End the connection now; calls in flight fail with `reason`."""
+        self._is_held = True
         if self._reason is None:
             self._reason = reason
         if self._transport is not None:
@@ -165,7 +164,7 @@ class Peer(FrameReader):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Everybody who waits is told; requests being handled are cancelled."""
-        self.is_closed = True
+        self.is_closed = self._is_held = True
         if self._reason is None:
             self._reason = Unreachable(f"the connection to {self.remote_address} ended{f' ({exc})' if exc else ''}")
         self._outbox.close()
@@ -189,10 +188,6 @@ class Peer(FrameReader):
         self._regulate()
 
     # FrameReader
-
-    def may_parse_on(self) -> bool:
-        """False while the other side asks for more than is being answered and read."""
-        return self._reason is None and self._requests.has_room and self._outbox.answer_bytes <= UNREAD_ANSWER_BYTES_MAX
 
     def place_payload(self, header: Header, message: Message) -> memoryview | None:
         """Answers' payloads go where the caller wants them, requests' into a buffer of the pool."""
@@ -219,7 +214,7 @@ class Peer(FrameReader):
         else:
             received, self._incoming = self._incoming, None
             self._requests.begin(header, message, received)
-            if not self.may_parse_on():
+            if not self._requests.has_room:
                 self._regulate()
 
     def frame_refused(self, error: BadFrame) -> None:
@@ -236,8 +231,7 @@ class Peer(FrameReader):
         return Unreachable(str(self._reason))
 
     def _send_simple(self, kind: int, request_id: int, message: Message | None) -> None:
-        head = frame.encode(kind, request_id, message)
-        self._outbox.send(Outgoing(0, head, (), len(head)), at_once=True)
+        self._outbox.send(frame.encode(kind, request_id, message), at_once=True)
 
     def _give_up(self, request_id: int) -> None:
         """A call ended without its answer: nothing of it may be sent or received any more."""
@@ -247,37 +241,46 @@ class Peer(FrameReader):
 
     def _answer(self, request_id: int, result: Result) -> None:
         """Send a handler's result."""
-        reply = result if type(result) is Reply else None
-        message = reply.message if reply is not None else cast(Message, result)
-        payload: Payload = reply.payload if reply is not None else ()
+        reply = result if type(result) is Reply else Reply(cast(Message, result))
+        payload = reply.payload
         payload_bytes = sum(map(len, payload)) if payload else 0
-        kind = FAILURE if type(message) is Failure else ANSWER
+        kind = FAILURE if type(reply.message) is Failure else ANSWER
         try:
-            head = frame.encode(kind, request_id, message, payload_bytes)
+            head = frame.encode(kind, request_id, reply.message, payload_bytes)
         except BadMessage as error:
             log.error("an answer could not be sent", remote=self.remote_address, reason=str(error))
             head, payload, payload_bytes = frame.encode(FAILURE, request_id, failure_of(error)), (), 0
-        size = len(head) + payload_bytes
-        sent = reply.sent if reply is not None else None
-        self._outbox.send(Outgoing(0, head, payload, size, size, sent), at_once=not len(self._requests))
+        # The answer to the only request leaves now; those to many leave together.
+        at_once = not len(self._requests)
+        self._outbox.send(head, payload, payload_bytes, at_once=at_once, is_answer=True, sent=reply.sent)
+        if self._outbox.answer_bytes > UNREAD_ANSWER_BYTES_MAX:
+            self._regulate()
+
+    def _request_ended(self) -> None:
+        if self._is_held:
+            self._regulate()
 
     def _regulate(self) -> None:
-        """Stop reading, or go on, by how much is being handled."""
+        """Stop reading while the other side asks for more than is being handled, or than it reads answers of."""
         if self._reason is not None or self._transport is None:
             return
-        if self._is_reading_paused and self.may_parse_on():
+        if self._is_held and self._has_room():
+            # What arrived before comes first, and may be enough to stop again.
+            self._is_held = False
             try:
                 self.parse()
             except BadFrame as error:
                 self.frame_refused(error)
                 return
-        may_read = self.may_parse_on()
-        if may_read == self._is_reading_paused:
-            self._is_reading_paused = not may_read
-            if may_read:
+            self._is_held = not self._has_room()
+            if not self._is_held:
                 self._transport.resume_reading()
-            else:
-                self._transport.pause_reading()
+        elif not self._is_held and not self._has_room():
+            self._is_held = True
+            self._transport.pause_reading()
+
+    def _has_room(self) -> bool:
+        return self._requests.has_room and self._outbox.answer_bytes <= UNREAD_ANSWER_BYTES_MAX
 
     def _bad_message_received(self, header: Header, error: BadMessage) -> None:
         """The stream is intact, so only what this frame belongs to fails."""
@@ -320,6 +323,7 @@ class Peer(FrameReader):
 
     def _refuse_stranger(self, header: Header, error: MendfsError) -> None:
         self._reason = error
+        self._is_held = True
         if isinstance(self._handshake, Accepting):
             # The connecting side gets the reason as an exception.
             log.warning("handshake failed, connection closed", remote=self.remote_address, reason=str(error))

@@ -19,13 +19,14 @@ class DeadlineTimer:
         self._loop = loop
         self._sweep = sweep
         self._handle: asyncio.TimerHandle | None = None
-        self._at = NEVER
+        self.at = NEVER
+        """When it fires; a caller in a hurry compares before it calls `include`."""
 
     def include(self, deadline: float) -> None:
         """Fire no later than at `deadline`, in the event loop's time."""
-        if deadline < self._at:
+        if deadline < self.at:
             self.stop()
-            self._at = deadline
+            self.at = deadline
             self._handle = self._loop.call_at(deadline, self._fire)
 
     def stop(self) -> None:
@@ -33,11 +34,11 @@ class DeadlineTimer:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
-        self._at = NEVER
+        self.at = NEVER
 
     def _fire(self) -> None:
         self._handle = None
-        self._at = NEVER
+        self.at = NEVER
         self.include_if_any(self._sweep(self._loop.time() + SLACK_S))
 
     def include_if_any(self, deadline: float) -> None:

@@ -45,32 +45,32 @@ class Kind(IntEnum):
 # Plain numbers for comparisons in the hot path: reading a member of an enum costs a lookup in its class.
 REQUEST, ANSWER, FAILURE, PUSH, CANCEL = (int(kind) for kind in Kind)
 
-_HEADER = struct.Struct(">4sBBHQIIII")
-_UNSEALED = struct.Struct(">4sBBHQIII")
-_CHECKSUM = struct.Struct(">I")
-_CHECKED_BYTES = _UNSEALED.size
-assert _HEADER.size == HEADER_BYTES and _CHECKED_BYTES + _CHECKSUM.size == HEADER_BYTES
+_HEADER = struct.Struct(">4sIBBHIQII")
+_CHECKED = struct.Struct(">BBHIQII")
+"""What follows magic and checksum. One piece with the message, so that the checksum needs no copy of either."""
+_SEAL = struct.Struct(">4sI")
+CHECKED_FROM = _SEAL.size
+assert _HEADER.size == HEADER_BYTES == CHECKED_FROM + _CHECKED.size
 
+_unpack = _HEADER.unpack_from
 _encode_message = msgspec.msgpack.Encoder().encode
-_decode_any: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_any: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_decode_any = _any.decode
 # Strangers get a decoder of their own: what they send must not even reach the types of the others.
-_decode_stranger: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
-    Hello | Welcome | Proof | Done | Failure
-)
+_strangers: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Hello | Welcome | Proof | Done | Failure)
+_decode_stranger = _strangers.decode
 
 
 class Header(msgspec.Struct, frozen=True, gc=False):
     """A header whose lengths are within the limits. Its checksum is only checked together with the message."""
 
+    checksum: int
     kind: int
-    request_id: int
     message_bytes: int
+    request_id: int
     payload_bytes: int
     deadline_ms: int
     """How long the caller still waits; 0: it did not say."""
-    checksum: int
-    checked: bytes
-    """The bytes of the header that the checksum covers."""
 
 
 def encode(kind: int, request_id: int, message: Message | None, payload_bytes: int = 0, deadline_ms: int = 0) -> bytes:
@@ -79,41 +79,37 @@ def encode(kind: int, request_id: int, message: Message | None, payload_bytes: i
     if len(raw) > MESSAGE_BYTES_MAX:
         raise BadMessage(f"{type(message).__name__} takes {len(raw)} bytes; a message has at most {MESSAGE_BYTES_MAX}")
     assert payload_bytes <= PAYLOAD_BYTES_MAX, "nobody makes a block bigger than the largest block size"
-    unsealed = _UNSEALED.pack(MAGIC, VERSION, kind, 0, request_id, len(raw), payload_bytes, deadline_ms)
-    return b"".join((unsealed, _CHECKSUM.pack(xxh3_64_intdigest(unsealed + raw) & 0xFFFFFFFF), raw))
+    checked = _CHECKED.pack(VERSION, kind, 0, len(raw), request_id, payload_bytes, deadline_ms) + raw
+    return _SEAL.pack(MAGIC, xxh3_64_intdigest(checked) & 0xFFFFFFFF) + checked
 
 
 def parse_header(data: Buffer, start: int = 0, *, is_stranger: bool = False) -> Header:
     """The header in the 32 bytes of `data` from `start` on. Raises BadFrame; then nothing after it can be trusted."""
-    magic, version, kind, flags, request_id, message_bytes, payload_bytes, deadline_ms, checksum = _HEADER.unpack_from(
-        data, start
-    )
+    magic, checksum, version, kind, flags, message_bytes, request_id, payload_bytes, deadline_ms = _unpack(data, start)
     if magic != MAGIC or version != VERSION:
-        raise BadFrame(f"expected a mendfs v{VERSION} frame, got {bytes(data[start : start + 5])!r}")
+        raise BadFrame(f"expected a mendfs v{VERSION} frame, got {magic!r} v{version}")
     if not REQUEST <= kind <= CANCEL or flags:
         raise BadFrame(f"kind {kind} with flags {flags:#x} is not known to version {VERSION}")
     if message_bytes > MESSAGE_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
         raise BadFrame(f"a frame of {message_bytes} + {payload_bytes} bytes exceeds the limits")
     if is_stranger and (message_bytes > STRANGER_MESSAGE_BYTES_MAX or payload_bytes):
         raise BadFrame(f"a frame of {message_bytes} + {payload_bytes} bytes before the handshake")
-    if kind == CANCEL and (message_bytes or payload_bytes):
-        raise BadFrame("a cancel carries nothing")
-    checked = bytes(data[start : start + _CHECKED_BYTES])
-    return Header(kind, request_id, message_bytes, payload_bytes, deadline_ms, checksum, checked)
+    if (kind == CANCEL) == bool(message_bytes) or (kind == CANCEL and payload_bytes):
+        raise BadFrame("a cancel carries nothing, any other frame a message")
+    return Header(checksum, kind, message_bytes, request_id, payload_bytes, deadline_ms)
 
 
-def check_sum(header: Header, raw: Buffer) -> None:
-    """Raise BadFrame unless the header's checksum fits it and `raw`, its message."""
-    if xxh3_64_intdigest(b"".join((header.checked, raw))) & 0xFFFFFFFF != header.checksum:
+def decode_message(header: Header, head: memoryview, *, is_stranger: bool = False) -> Message | None:
+    """The message of a frame whose header and message are `head`; None of a cancel.
+
+    Raises BadFrame if the checksum fails; BadMessage if it is right, but not the message: then the stream can go on.
+    """
+    if xxh3_64_intdigest(head[CHECKED_FROM:]) & 0xFFFFFFFF != header.checksum:
         raise BadFrame("a frame failed its checksum")
-
-
-def decode_message(header: Header, raw: Buffer, *, is_stranger: bool = False) -> Message:
-    """The message `raw` of a frame. Raises BadFrame (checksum) or BadMessage, after which the stream can go on."""
-    check_sum(header, raw)
-    decoder = _decode_stranger if is_stranger else _decode_any
+    if header.kind == CANCEL:
+        return None
     try:
-        return decoder.decode(raw)
+        return (_decode_stranger if is_stranger else _decode_any)(head[HEADER_BYTES:])
     # ValueError: malformed MessagePack, a message that is none of ours, a text that is not UTF-8; RecursionError:
     # nested deeper than anything we send.
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,6 @@ kernel has a payload may its memory change.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from mendfs.model import KiB
 
@@ -22,18 +21,33 @@ Payload = Sequence[Buffer]
 """What is sent after a message: a scatter list that is not copied, so it must stay unchanged until it is sent."""
 
 
-class Outgoing(NamedTuple):
-    """One frame. `sent` is called once its payload's memory may change: it was sent, or never will be."""
+class Outgoing:
+    """One frame that waits, or whose payload was not yet taken by the kernel."""
 
-    request_id: int
-    """Of a call of ours, by which it can be taken back; else 0."""
-    head: bytes
-    payload: Payload
-    size: int
-    """Of head and payload."""
-    answer_bytes: int = 0
-    """As `size` if this is an answer, else 0."""
-    sent: Callable[[], None] | None = None
+    __slots__ = ("head", "is_answer", "payload", "payload_bytes", "request_id", "sent")
+
+    def __init__(
+        self,
+        head: bytes,
+        payload: Payload,
+        payload_bytes: int,
+        request_id: int,
+        is_answer: bool,
+        sent: Callable[[], None] | None,
+    ) -> None:
+        self.head = head
+        self.payload = payload
+        self.payload_bytes = payload_bytes
+        self.request_id = request_id
+        """Of a call of ours, by which it can be taken back; else 0."""
+        self.is_answer = is_answer
+        self.sent = sent
+        """Called once the payload's memory may change: it was sent, or never will be."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole frame."""
+        return len(self.head) + self.payload_bytes
 
 
 class Outbox:
@@ -64,17 +78,32 @@ class Outbox:
             # Shared by all who wait: one that is cancelled must leave it to the others.
             await asyncio.shield(self._drained)
 
-    def send(self, frame: Outgoing, *, at_once: bool) -> None:
+    def send(
+        self,
+        head: bytes,
+        payload: Payload = (),
+        payload_bytes: int = 0,
+        *,
+        at_once: bool,
+        request_id: int = 0,
+        is_answer: bool = False,
+        sent: Callable[[], None] | None = None,
+    ) -> None:
         """Send a frame after those before it: now, or with others of the same turn of the event loop."""
+        if at_once and not self._is_paused and not self._waiting and not self._is_closed:
+            if not payload_bytes and sent is None:
+                self._transport.write(head)
+            else:
+                self._write([Outgoing(head, payload, payload_bytes, request_id, is_answer, sent)])
+            return
         if self._is_closed:
-            if frame.sent is not None:
-                frame.sent()
+            if sent is not None:
+                sent()
             return
-        if at_once and not self._is_paused and not self._waiting:
-            self._write([frame])
-            return
-        self._waiting.append(frame)
-        self.answer_bytes += frame.answer_bytes
+        outgoing = Outgoing(head, payload, payload_bytes, request_id, is_answer, sent)
+        self._waiting.append(outgoing)
+        if is_answer:
+            self.answer_bytes += outgoing.size
         if not self._is_flush_due and not self._is_paused:
             self._is_flush_due = True
             self._loop.call_soon(self._flush_due)
@@ -127,7 +156,8 @@ class Outbox:
                 frame = self._waiting.popleft()
                 batch.append(frame)
                 size += frame.size
-                self.answer_bytes -= frame.answer_bytes
+                if frame.is_answer:
+                    self.answer_bytes -= frame.size
             self._write(batch)
         if not self._waiting and not self._is_paused:
             self._tell_drained()
@@ -137,7 +167,7 @@ class Outbox:
         small: list[Buffer] = []
         for frame in batch:
             small.append(frame.head)
-            if frame.size - len(frame.head) <= COPIED_BYTES_MAX:
+            if frame.payload_bytes <= COPIED_BYTES_MAX:
                 small += frame.payload
             else:
                 pieces.append(b"".join(small))

@@ -9,15 +9,7 @@ import asyncio
 
 from mendfs.errors import BadFrame, BadMessage
 from mendfs.model import KiB
-from mendfs.wire.frame import (
-    CANCEL,
-    HEADER_BYTES,
-    STRANGER_MESSAGE_BYTES_MAX,
-    Header,
-    check_sum,
-    decode_message,
-    parse_header,
-)
+from mendfs.wire.frame import HEADER_BYTES, STRANGER_MESSAGE_BYTES_MAX, Header, decode_message, parse_header
 from mendfs.wire.messages import Message
 
 SCRATCH_BYTES = 256 * KiB
@@ -32,13 +24,15 @@ class FrameReader(asyncio.BufferedProtocol):
     def __init__(self) -> None:
         self._is_stranger = True
         self._scratch = memoryview(bytearray(STRANGER_SCRATCH_BYTES))
+        self._is_held = False
+        """While set, what arrived stays where it is until it is unset and `parse` is called."""
         # Unparsed bytes are scratch[start:end].
         self._start = 0
         self._end = 0
         # The frame that is arriving, once more than the scratch buffer is needed for it.
         self._header: Header | None = None
         self._message: Message | BadMessage | None = None
-        # A message bigger than the scratch buffer, or the payload's memory; None while discarding a payload.
+        # Header and message if bigger than the scratch buffer, or the payload's memory; None: discard the payload.
         self._target: memoryview | None = None
         self._filled = 0
         self._payload_left = 0
@@ -56,10 +50,6 @@ class FrameReader(asyncio.BufferedProtocol):
     def frame_refused(self, error: BadFrame) -> None:
         """The stream cannot be understood from here on; nothing more may be fed."""
         raise NotImplementedError
-
-    def may_parse_on(self) -> bool:
-        """False: leave what arrived where it is until `parse` is called."""
-        return True
 
     # What they use.
 
@@ -87,9 +77,10 @@ class FrameReader(asyncio.BufferedProtocol):
         if self._start == self._end:
             self._start = self._end = 0
         elif self._end == len(self._scratch):
-            waiting = self._end - self._start
-            self._scratch[:waiting] = bytes(self._scratch[self._start : self._end])
-            self._start, self._end = 0, waiting
+            # Less than a header is left, or parsing is held; then the transport is paused, but may be late to obey.
+            begun = bytes(self._scratch[self._start : self._end])
+            self._scratch[: len(begun)] = begun
+            self._start, self._end = 0, len(begun)
         return self._scratch[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -107,62 +98,55 @@ class FrameReader(asyncio.BufferedProtocol):
                 self._filled += nbytes
                 assert self._target is not None
                 if self._filled == len(self._target):
-                    self._big_message_arrived(self._header, self._target)
+                    header, head = self._header, self._target
+                    self._header = self._target = None
+                    self._head_arrived(header, head)
         except BadFrame as error:
             self.frame_refused(error)
 
     def parse(self) -> None:
-        """Take frames out of the scratch buffer until it holds no whole one, or may_parse_on says no.
+        """Take frames out of the scratch buffer until it holds no whole one, or parsing is held.
 
-        Raises BadFrame. Attributes are read again in each turn: a frame may lead to `admit`.
+        Raises BadFrame. Attributes are read again in each turn, for a frame may lead to `admit`.
         """
-        while self._end - self._start >= HEADER_BYTES and self._header is None and self.may_parse_on():
-            start = self._start
-            header = parse_header(self._scratch, start, is_stranger=self._is_stranger)
-            message_end = start + HEADER_BYTES + header.message_bytes
-            if message_end > self._end:
-                if HEADER_BYTES + header.message_bytes > len(self._scratch):
-                    self._begin_big_message(header)
-                elif message_end > len(self._scratch):
-                    waiting = self._end - start
-                    self._scratch[:waiting] = bytes(self._scratch[start : self._end])
-                    self._start, self._end = 0, waiting
+        while self._end - self._start >= HEADER_BYTES and not self._is_held and self._header is None:
+            start, scratch = self._start, self._scratch
+            header = parse_header(scratch, start, is_stranger=self._is_stranger)
+            head_end = start + HEADER_BYTES + header.message_bytes
+            if head_end > self._end:
+                if head_end > len(scratch):
+                    self._make_room(header)
                 return
-            message = self._decode(header, self._scratch[start + HEADER_BYTES : message_end])
-            self._start = message_end
-            if header.payload_bytes:
-                self._begin_payload(header, message)
-            else:
-                self.frame_received(header, message)
+            self._start = head_end
+            self._head_arrived(header, scratch[start:head_end])
 
     # The rest is ours.
 
-    def _decode(self, header: Header, raw: memoryview) -> Message | BadMessage | None:
-        if not header.message_bytes and header.kind == CANCEL:
-            check_sum(header, raw)
-            return None
+    def _head_arrived(self, header: Header, head: memoryview) -> None:
+        """Header and message of a frame are there."""
+        message: Message | BadMessage | None
         try:
-            return decode_message(header, raw, is_stranger=self._is_stranger)
+            message = decode_message(header, head, is_stranger=self._is_stranger)
         except BadMessage as error:
-            return error
-
-    def _begin_big_message(self, header: Header) -> None:
-        """A message longer than the scratch buffer gets memory of its own; parse_header has checked the length."""
-        self._header = header
-        self._target = memoryview(bytearray(header.message_bytes))
-        begun = self._scratch[self._start + HEADER_BYTES : self._end]
-        self._filled = len(begun)
-        self._target[: self._filled] = begun
-        self._start = self._end = 0
-
-    def _big_message_arrived(self, header: Header, raw: memoryview) -> None:
-        self._header = None
-        self._target = None
-        message = self._decode(header, raw)
+            message = error
         if header.payload_bytes:
             self._begin_payload(header, message)
         else:
             self.frame_received(header, message)
+
+    def _make_room(self, header: Header) -> None:
+        """The head that begins at the start of what is unparsed does not fit behind it: move it, or use memory of its
+        own if it is bigger than the scratch buffer. parse_header has checked the length.
+        """
+        begun = bytes(self._scratch[self._start : self._end])
+        size = HEADER_BYTES + header.message_bytes
+        if size <= len(self._scratch):
+            self._scratch[: len(begun)] = begun
+            self._start, self._end = 0, len(begun)
+            return
+        self._header, self._target, self._filled = header, memoryview(bytearray(size)), len(begun)
+        self._target[: len(begun)] = begun
+        self._start = self._end = 0
 
     def _begin_payload(self, header: Header, message: Message | BadMessage | None) -> None:
         target = None if message is None or isinstance(message, BadMessage) else self.place_payload(header, message)

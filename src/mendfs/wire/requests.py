@@ -103,7 +103,8 @@ class Requests:
         deadline = NEVER
         if header.deadline_ms:
             deadline = self._loop.time() + header.deadline_ms / 1000
-            self._timer.include(deadline)
+            if deadline < self._timer.at:
+                self._timer.include(deadline)
         size = header.message_bytes + header.payload_bytes
         request = self._requests[key] = Request(deadline, size, received)
         self._bytes += size
