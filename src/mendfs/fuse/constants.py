@@ -89,6 +89,7 @@ SET_KILL_SUIDGID: Final = 1 << 11
 # Flags of requests.
 GETATTR_FH: Final = 1 << 0
 OPEN_KILL_SUIDGID: Final = 1 << 0
+WRITE_CACHE: Final = 1 << 0
 WRITE_KILL_SUIDGID: Final = 1 << 2
 FSYNC_FDATASYNC: Final = 1 << 0
 

@@ -24,7 +24,7 @@ log = structlog.get_logger("mendfs.fuse")
 class OpenFile:
     """One open(2), and what the kernel knows it as."""
 
-    __slots__ = ("file", "inode", "is_writable", "mode")
+    __slots__ = ("file", "inode", "is_append", "is_writable", "mode", "positional")
 
     def __init__(self, file: ServedFile, flags: int) -> None:
         self.file = file
@@ -32,6 +32,17 @@ class OpenFile:
         self.mode = file.attributes.mode
         """As last known: whether it has set-id bits that a write takes away."""
         self.is_writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self.is_append = flags & os.O_APPEND != 0
+        self.positional: ServedFile | None = None
+        """Beside a file that appends: the same one for pages of mappings, which belong where they are."""
+
+    async def release(self) -> None:
+        """The last descriptor is gone."""
+        try:
+            if self.positional is not None:
+                await self.positional.release()
+        finally:
+            await self.file.release()
 
 
 class Files:
@@ -108,7 +119,7 @@ class Files:
         await self._handles.get(request.handle).file.fsync(request.is_datasync)
         return b""
 
-    def remove(self, request: Release) -> ServedFile:
+    def remove(self, request: Release) -> OpenFile:
         """The last descriptor is gone: the caller releases the file."""
         opened = self._handles.remove(request.handle)
         left = self._opens[opened.inode] - 1
@@ -116,13 +127,13 @@ class Files:
             self._opens[opened.inode] = left
         else:
             del self._opens[opened.inode]
-        return opened.file
+        return opened
 
     async def release_all(self) -> None:
         """The mount is gone, and the kernel releases nothing any more."""
         for opened in self._handles:
             try:
-                await opened.file.release()
+                await opened.release()
             except MendfsError as error:
                 log.error("releasing a file failed", inode=opened.inode, error=str(error))
 
@@ -143,6 +154,8 @@ class Files:
         opened = self._handles.get(request.handle)
         if request.kill_suid_sgid and kept_mode(opened.mode) != opened.mode:
             return False
+        if request.is_from_cache and opened.is_append:
+            return False
         return opened.file.try_write(data, request.offset)
 
     async def write(self, request: Write, data: memoryview) -> bytes:
@@ -151,4 +164,14 @@ class Files:
         if request.kill_suid_sgid and kept_mode(opened.mode) != opened.mode:
             attributes = await self._volume.set_attributes(opened.inode, mode=stat.S_IMODE(kept_mode(opened.mode)))
             self.mode_changed(opened.inode, attributes.mode)
-        return protocol_replies.written(await opened.file.write(data, request.offset))
+        file = await self._positional(opened) if request.is_from_cache and opened.is_append else opened.file
+        return protocol_replies.written(await file.write(data, request.offset))
+
+    async def _positional(self, opened: OpenFile) -> ServedFile:
+        if opened.positional is None:
+            file = await self._volume.open_file(opened.inode, flags=os.O_WRONLY)
+            if opened.positional is None:
+                opened.positional = file
+            else:
+                await file.release()  # another page of the mapping came here meanwhile
+        return opened.positional

@@ -298,6 +298,9 @@ class Write(NamedTuple):
     offset: int
     size: int
     kill_suid_sgid: bool
+    is_from_cache: bool
+    """A page of a shared mapping, sent through whichever writable handle the kernel found: the offset is what counts,
+    even if that handle appends."""
 
     @classmethod
     def parse_head(cls, head: bytes | bytearray, length: int) -> Self:
@@ -307,7 +310,8 @@ class Write(NamedTuple):
         handle, offset, size, flags, _, _, _ = WRITE_BODY.unpack_from(head, HEADER_BYTES)
         if size != length - HEAD_BYTES:
             raise BadMessage(f"a FUSE write request says it has {size} bytes of data, but {length - HEAD_BYTES} came")
-        return cls(handle, offset, size, flags & constants.WRITE_KILL_SUIDGID != 0)
+        kill, is_from_cache = flags & constants.WRITE_KILL_SUIDGID != 0, flags & constants.WRITE_CACHE != 0
+        return cls(handle, offset, size, kill, is_from_cache)
 
 
 class Release(NamedTuple):

@@ -19,12 +19,12 @@ from mendfs.fuse.channel import Channel
 from mendfs.fuse.constants import MAX_WRITE
 from mendfs.fuse.device import MountFlags
 from mendfs.fuse.directories import Directories
-from mendfs.fuse.files import Files
+from mendfs.fuse.files import Files, OpenFile
 from mendfs.fuse.names import Names
 from mendfs.fuse.operations import BY_INODE, immediate_operations, waiting_operations
 from mendfs.fuse.protocol_replies import Limits, Replies
 from mendfs.fuse.protocol_requests import GetXattr, Header, Init, Interrupt, Release, Write, parse_header
-from mendfs.fuse.served import ServedFile, ServedVolume
+from mendfs.fuse.served import ServedVolume
 from mendfs.model import KiB, MiB
 from mendfs.world.buffers import BufferPool
 
@@ -224,7 +224,7 @@ class Mount:
             if self._waiting_write_bytes < WAITING_WRITE_BYTES_MAX:
                 self._channel.resume()
 
-    def _release(self, file: ServedFile) -> None:
+    def _release(self, file: OpenFile) -> None:
         task = self._loop.create_task(file.release())
         self._tasks.add(task)
         task.add_done_callback(self._released)

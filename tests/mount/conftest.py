@@ -1,0 +1,104 @@
+"""Mounts for tests. The event loop has a thread of its own: a test may then use the mount with ordinary calls.
+
+Not with mmap, though: a page fault keeps the GIL, which the thread that would answer it needs. Such tests run scripts.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import uvloop
+
+from mendfs.fuse import device
+from mendfs.fuse.server import Mount, MountOptions, serve_mount
+from tests.mount.fake_volume import FakeVolume
+
+Result = TypeVar("Result")
+WAIT_S = 30.0
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
+class LoopThread:
+    """An event loop in a thread."""
+
+    def __init__(self) -> None:
+        self.loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="mount", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do it in the loop and wait for it here."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_S)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(WAIT_S)
+        self.loop.close()
+
+
+class Mounted:
+    """A fake volume, mounted."""
+
+    def __init__(self, path: Path, volume: FakeVolume, thread: LoopThread, mount: Mount) -> None:
+        self.path = path
+        self.volume = volume
+        self.thread = thread
+        self.mount = mount
+
+    def script(self, body: str, *, user: int | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a Python script with `root` naming the mount, perhaps as another user."""
+        # Changed in the script, since another user may not be allowed to start this interpreter.
+        become = "" if user is None else f"os.setgroups([]); os.setgid({user}); os.setuid({user})"
+        return subprocess.run(
+            [sys.executable, "-c", f"import os, sys, errno\n{become}\nroot = {str(self.path)!r}\n{body}"],
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            cwd="/",
+        )
+
+    def check(self, body: str, *, user: int | None = None) -> str:
+        """The same for a script that must succeed; returns what it printed."""
+        result = self.script(body, user=user)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+
+Mounting = Callable[..., Mounted]
+
+
+@pytest.fixture
+def mounting() -> Iterator[Mounting]:
+    """Mount fake volumes with other options than the defaults."""
+    thread = LoopThread()
+    mounted: list[Mounted] = []
+
+    def begin(options: MountOptions | None = None, volume: FakeVolume | None = None) -> Mounted:
+        path = Path(tempfile.mkdtemp(prefix="mendfs-test-"))
+        path.chmod(0o755)
+        volume = volume or FakeVolume()
+        mount = thread.run(serve_mount(volume, str(path), options))
+        mounted.append(Mounted(path, volume, thread, mount))
+        return mounted[-1]
+
+    yield begin
+    for each in mounted:
+        each.volume.is_open_gate.set()
+        thread.run(each.mount.unmount(5.0))
+        assert device.find_mount(str(each.path)) is None
+        each.path.rmdir()
+    thread.close()
+
+
+@pytest.fixture
+def fake(mounting: Mounting) -> Mounted:
+    """A fake volume mounted with the default options."""
+    return mounting()
