@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.real_cluster import cluster
+
+__all__ = ["cluster"]
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:

@@ -1,0 +1,160 @@
+"""A cluster of real processes for tests, driven as a user drives it: through the command line.
+
+Ports are chosen by `mendfs up` itself, at random among free ones, so tests may run beside one another.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mendfs.cluster.folder import ClusterFolder, ClusterRecord
+from mendfs.fuse import device
+from mendfs.world.local_disk import LocalDisk
+from mendfs.world.processes import LocalProcesses
+
+COMMAND_TIMEOUT_S = 120
+PROCESSES = LocalProcesses()
+
+needs_mounts = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="mounting needs root and /dev/fuse"
+)
+
+
+def until(condition: Callable[[], object], within_s: float) -> None:
+    """Wait until something holds that happens in another process."""
+    deadline_s = time.monotonic() + within_s
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not so within {within_s} s"
+        pause.wait(0.02)
+
+
+class RealCluster:
+    """One cluster in a folder of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.dir = path / "cluster"
+        self.mnt = path / "mnt"
+        self.mnt.mkdir()
+
+    def command(self, *arguments: object, stdin: bytes = b"", env: dict[str, str] | None = None) -> list[Any]:
+        """[exit code, standard output, standard error] of `mendfs ARGUMENTS`."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MENDFS_")}
+        environment |= {"MENDFS_DIR": str(self.dir)} if env is None else env
+        done = subprocess.run(
+            [sys.executable, "-m", "mendfs.cli.main", *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            timeout=COMMAND_TIMEOUT_S,
+            env=environment,
+            cwd=self.path,
+        )
+        assert b"Traceback" not in done.stderr, done.stderr.decode()
+        return [done.returncode, done.stdout.decode(), done.stderr.decode()]
+
+    def mendfs(self, *arguments: object, stdin: bytes = b"") -> str:
+        """Standard output of a command that must succeed."""
+        code, out, err = self.command(*arguments, stdin=stdin)
+        assert code == 0, f"mendfs {' '.join(map(str, arguments))}: {err}{self.logs()}"
+        return str(out)
+
+    def json(self, *arguments: object) -> Any:
+        """The document that a command prints."""
+        return json.loads(self.mendfs(*arguments, "--json"))
+
+    def up(self, *arguments: object) -> None:
+        """Start it in the background, mounted."""
+        self.mendfs("up", "--detach", "--mount", self.mnt, *arguments)
+
+    def down(self) -> None:
+        """Stop it."""
+        self.mendfs("down")
+
+    def record(self) -> ClusterRecord:
+        """What `up` wrote down."""
+        record = ClusterFolder(LocalDisk(), str(self.dir)).read()
+        assert record is not None
+        return record
+
+    def pid(self, name: str) -> int:
+        """The process of `meta`, `data-N`, `mount` or `supervisor`."""
+        record = self.record()
+        if name == "supervisor":
+            assert record.supervisor is not None
+            return record.supervisor.pid
+        return next(child.process.pid for child in record.children if child.name == name)
+
+    def kill(self, name: str) -> None:
+        """kill -9; returns when the process is gone, not when it was started again."""
+        pid = self.pid(name)
+        identity = PROCESSES.identity(pid)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: PROCESSES.identity(pid) != identity, within_s=10)
+
+    def kill_everything(self) -> None:
+        """kill -9 of every process at once, the supervisor first so that it starts nothing again."""
+        record = self.record()
+        assert record.supervisor is not None
+        running = [record.supervisor, *(child.process for child in record.children)]
+        for process in running:
+            PROCESSES.signal(process, signal.SIGKILL)
+        until(lambda: all(PROCESSES.identity(process.pid) != process for process in running), within_s=10)
+
+    def server_states(self) -> list[str]:
+        """`up`, `down` ... of every data server, in order."""
+        return [server["state"] for server in self.json("status")["servers"]]
+
+    def wait_all_up(self, within_s: float = 20) -> None:
+        """Until every data server and the mount answer again."""
+        until(lambda: set(self.server_states()) == {"up"}, within_s)
+        if self.record().mount:
+            until(self.is_mounted, within_s)
+
+    def is_mounted(self) -> bool:
+        """Whether the mount answers."""
+        with contextlib.suppress(OSError):
+            return os.path.ismount(self.mnt)
+        return False
+
+    def drop_caches(self) -> None:
+        """What is read next comes from the servers' disks."""
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+    def logs(self) -> str:
+        """The ends of all logs, for a test that failed."""
+        parts = []
+        for log in sorted((self.dir / "logs").glob("*.log")):
+            parts.append(f"\n--- {log.name}\n{log.read_text(errors='replace')[-2000:]}")
+        return "".join(parts)
+
+    def clean_up(self) -> None:
+        """Leave nothing behind, whatever state the test left it in."""
+        if self.dir.exists() and (self.dir / "cluster.json").exists():
+            self.command("down", "--timeout", "5")
+            with contextlib.suppress(AssertionError, OSError):
+                self.kill_everything()
+        for entry in device.mount_entries():
+            if entry.mountpoint.startswith(str(self.path)):
+                device.unmount(entry.mountpoint, detach=True)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[RealCluster]:
+    """A cluster that is not started yet."""
+    made = RealCluster(tmp_path)
+    try:
+        yield made
+    finally:
+        made.clean_up()
