@@ -76,7 +76,8 @@ class Appender:
                 await self._shared.session.refresh_table()
             if asyncio.get_running_loop().time() >= deadline_s:
                 raise DeadlineExceeded("an append found no quiet moment in time")
-        file.learn_committed(answer)
+        # Appends go past the kernel's page cache (FOPEN_DIRECT_IO): it must not take its old last page for good.
+        file.learn_committed(answer, by_kernel=False)
 
     def _split(self, data: memoryview, size: int) -> list[Generation]:
         block_size = self._shared.volume.block_size

@@ -186,10 +186,10 @@ class File:
         for each in slots:
             self.slots[each.slot] = each.extents
 
-    def learn_committed(self, answer: Committed) -> None:
-        """The answer to an own commit."""
+    def learn_committed(self, answer: Committed, *, by_kernel: bool = True) -> None:
+        """The answer to an own commit; `by_kernel` False if the kernel's pages do not have what was written."""
         version = answer.attributes.version
-        if answer.previous_version == self.kernel_version:
+        if by_kernel and answer.previous_version == self.kernel_version:
             self.kernel_version = version
         if answer.previous_version == self.version:
             self.version = version

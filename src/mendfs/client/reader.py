@@ -21,7 +21,7 @@ from mendfs.model import Extent, KiB, MiB, Slot
 from mendfs.transfer import BlockRef
 from mendfs.wire.messages.meta import Extents, Found, GetAttributes, GetExtents
 
-SLOTS_AT_ONCE = 4096
+SLOTS_AT_ONCE = 1024
 """Slots of one step of a read: when blocks are tiny a read is many steps, so that what it needs stays bounded."""
 EXTENTS_AHEAD = 64
 """Slots whose extents are asked for at least: 256 MiB of a file with default blocks."""

@@ -19,7 +19,7 @@ class Tasks:
 
     def spawn(self, work: Coroutine[Any, Any, Any], *, is_awaited: bool = False) -> asyncio.Task[Any]:
         """Run `work` until it ends or the volume is closed; with `is_awaited` its errors are for whoever waits."""
-        task = asyncio.get_running_loop().create_task(work, name=work.__qualname__)
+        task = asyncio.get_running_loop().create_task(work, name=getattr(work, "__qualname__", None))
         self._running.add(task)
         task.add_done_callback(self._forget if is_awaited else self._ended)
         return task

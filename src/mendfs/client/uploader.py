@@ -91,7 +91,11 @@ class Uploader:
 
     def _start_puts(self, upload: Upload) -> None:
         now_s = self._now()
-        for server in self._shared.known(self._shared.row(upload.name[0])):
+        row = self._shared.known(self._shared.row(upload.name[0]))
+        # A server that the meta server calls down is tried only if the others are too few: it would hold memory.
+        up = [server for server in row if self._shared.servers.is_up(server)]
+        asked = up if len(up) >= self._shared.volume.write_quorum else row
+        for server in asked:
             if server in upload.acknowledged or server in upload.putting or self._shared.servers.is_suspect(server):
                 continue
             if upload.retry_at_s.get(server, 0.0) <= now_s:

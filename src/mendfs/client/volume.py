@@ -76,6 +76,7 @@ class Volume:
         self._appender = Appender(shared, self._writer, self._uploader, self._durability)
         self._names = Names(shared, self._writer, self._durability, self._opens)
         self._is_lost = False
+        self._is_closed = False
 
     @classmethod
     async def open(cls, world: World, options: VolumeOptions, secret: bytes) -> "Volume":
@@ -106,6 +107,9 @@ class Volume:
 
     async def close(self, timeout_s: float = 30.0) -> tuple[str, ...]:
         """Flush and end the session. Returns one line for each file that could not be flushed in time."""
+        if self._is_closed:
+            return ()
+        self._is_closed = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._writer.flush_everything()
@@ -231,7 +235,7 @@ class Volume:
             self._check_writable()
         file, keep_cache = await self._opens.open(inode)
         try:
-            if flags & os.O_TRUNC and file.size > 0:
+            if flags & os.O_TRUNC:
                 await self.set_attributes(inode, size=0)
         except BaseException:
             self._opens.closed(file)

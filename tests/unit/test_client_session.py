@@ -1,0 +1,208 @@
+"""Sessions: what a client does when connections end, answers are lost, the meta server restarts or ends its session."""
+
+import asyncio
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from mendfs.client import session as sessions
+from mendfs.errors import DeadlineExceeded, MendfsError, OperationError
+from mendfs.meta import background
+from mendfs.model import Inode
+from mendfs.wire.messages.meta import ListDirectory, Listing
+from tests.unit.client_tools import Cluster, Proxy, cluster, contents, read_all, until, write_file
+
+
+@asynccontextmanager
+async def proxied() -> AsyncIterator[tuple[Cluster, Proxy]]:
+    async with cluster() as c:
+        proxy = Proxy(c.meta.address)
+        await proxy.start()
+        try:
+            yield c, proxy
+        finally:
+            proxy.is_refusing = proxy.is_swallowing = False
+            for volume in c.clients:
+                await volume.close(timeout_s=1)
+            await proxy.close()
+
+
+async def names(c: Cluster) -> list[bytes]:
+    session = (await c.client())._shared.session
+    listing = await session.query(ListDirectory(Inode(1), b"", 100, False), Listing)
+    return [entry.name for entry in listing.entries]
+
+
+async def test_a_change_whose_answer_was_lost_is_done_once() -> None:
+    """The repeated Make must be answered with what the first one did, not with EEXIST."""
+    async with proxied() as (c, proxy):
+        volume = await c.client(proxy.address)
+        await volume.make(Inode(1), b"before", stat.S_IFREG | 0o644, uid=0, gid=0)
+        proxy.is_swallowing = True
+        made = asyncio.create_task(volume.make(Inode(1), b"f", stat.S_IFREG | 0o644, uid=0, gid=0))
+        async with asyncio.timeout(5):
+            while b"f" not in await names(c):
+                await asyncio.sleep(0.02)
+        assert not made.done()
+        proxy.cut()
+        proxy.is_swallowing = False
+        async with asyncio.timeout(5):
+            attributes = await made
+        assert (await volume.lookup(Inode(1), b"f")).inode == attributes.inode
+
+
+async def test_many_changes_survive_many_cuts() -> None:
+    async with proxied() as (c, proxy):
+        volume = await c.client(proxy.address)
+
+        async def make(number: int) -> None:
+            await volume.make(Inode(1), b"%d" % number, stat.S_IFREG | 0o644, uid=0, gid=0)
+
+        work = asyncio.gather(*[make(number) for number in range(200)])
+        for _ in range(6):
+            await asyncio.sleep(0.03)
+            proxy.cut()
+        async with asyncio.timeout(20):
+            await work
+        assert len(await volume_names(c)) == 200
+
+
+async def volume_names(c: Cluster) -> set[bytes]:
+    session = (await c.client())._shared.session
+    found: set[bytes] = set()
+    after = b""
+    while True:
+        listing = await session.query(ListDirectory(Inode(1), after, 100, False), Listing)
+        found.update(entry.name for entry in listing.entries)
+        if listing.complete:
+            return found
+        after = listing.entries[-1].name
+
+
+async def test_writing_goes_on_through_a_restart_of_the_meta_server() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        data = os.urandom(200_000)
+        file = await write_file(volume, b"f", data)
+        await file.flush()
+        await file.write(b"more", len(data))
+        engine = c.engine
+        await c.meta._server.close()  # type: ignore[union-attr]  # it is running
+        assert c.meta._loops is not None
+        c.meta._loops.cancel()
+        flush = asyncio.create_task(file.flush())
+        await asyncio.sleep(0.1)
+        assert not flush.done()
+        c.engine = engine
+        await c.start_meta()
+        async with asyncio.timeout(15):
+            await flush
+        assert await contents(await c.client(), file.inode) == data + b"more"
+
+
+async def test_a_lost_session_is_told_to_files_with_uncommitted_data_and_replaced() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        dirty = await write_file(volume, b"dirty", b"x" * 1000)
+        clean = await write_file(volume, b"clean", b"y" * 1000)
+        await clean.flush()
+        for session in c.meta.state.sessions.all():
+            await background.close_session(c.meta.state, session)
+        first_id = volume._shared.session._id
+        with pytest.raises(MendfsError):
+            await volume.make(Inode(1), b"uncertain", stat.S_IFREG | 0o644, uid=0, gid=0)
+        async with asyncio.timeout(10):
+            with pytest.raises(MendfsError):
+                await dirty.flush()
+            await dirty.flush()
+            await dirty.write(b"again", 0)
+            await dirty.flush()
+        assert volume._shared.session._id != first_id
+        assert await read_all(clean) == b"y" * 1000
+        await clean.write(b"z", 0)
+        await clean.fsync()
+        assert await contents(await c.client(), dirty.inode) == b"again"
+        # What was open is open in the new session too.
+        await until(lambda: any(clean.inode in session.opens for session in c.meta.state.sessions.all()))
+
+
+async def test_a_call_gives_up_after_its_deadline_and_its_slot_is_used_again_only_when_answered() -> None:
+    async with proxied() as (c, proxy):
+        volume = await c.client(proxy.address, meta_timeout_s=0.5)
+        await volume.make(Inode(1), b"a", stat.S_IFREG | 0o644, uid=0, gid=0)
+        session = volume._shared.session
+        assert len(session._free_slots) == sessions.REQUEST_SLOTS
+        proxy.is_swallowing = True
+        with pytest.raises(DeadlineExceeded):
+            await volume.make(Inode(1), b"b", stat.S_IFREG | 0o644, uid=0, gid=0)
+        assert len(session._free_slots) == sessions.REQUEST_SLOTS - 1
+        proxy.is_swallowing = False
+        proxy.cut()
+        await until(lambda: len(session._free_slots) == sessions.REQUEST_SLOTS)
+        with pytest.raises(OperationError):
+            await volume.make(Inode(1), b"b", stat.S_IFREG | 0o644, uid=0, gid=0)
+
+
+async def test_a_cancelled_change_does_not_lose_its_place() -> None:
+    async with proxied() as (c, proxy):
+        volume = await c.client(proxy.address)
+        await volume.make(Inode(1), b"a", stat.S_IFREG | 0o644, uid=0, gid=0)
+        proxy.is_swallowing = True
+        made = asyncio.create_task(volume.make(Inode(1), b"b", stat.S_IFREG | 0o644, uid=0, gid=0))
+        await asyncio.sleep(0.1)
+        made.cancel()
+        await asyncio.wait([made])
+        proxy.is_swallowing = False
+        proxy.cut()
+        session = volume._shared.session
+        await until(lambda: len(session._free_slots) == sessions.REQUEST_SLOTS)
+        assert set(await names(c)) == {b"a", b"b"}
+
+
+async def test_a_connection_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half-open connection: renewals notice it, and everything waiting goes over a new one."""
+    monkeypatch.setattr(sessions, "RENEW_EVERY_S", 0.1)
+    monkeypatch.setattr(sessions, "RENEW_TIMEOUT_S", 0.3)
+    async with proxied() as (c, proxy):
+        volume = await c.client(proxy.address)
+        await volume.attributes(Inode(1))
+        proxy.is_swallowing = True
+        asked = asyncio.create_task(volume.attributes(Inode(1)))
+        await until(lambda: proxy.connections >= 2)
+        proxy.is_swallowing = False
+        async with asyncio.timeout(10):
+            await asked
+
+
+async def test_closed_files_are_told_to_the_meta_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "RENEW_EVERY_S", 0.1)
+    async with cluster() as c:
+        volume = await c.client()
+        file = await write_file(volume, b"f", b"x")
+        (session,) = c.meta.state.sessions.all()
+        assert file.inode in session.opens
+        await file.release()
+        await until(lambda: file.inode not in session.opens)
+        unlinked = await write_file(volume, b"g", b"x")
+        await volume.unlink(Inode(1), b"g")
+        assert (await volume.attributes(unlinked.inode)).nlink == 0
+        await unlinked.release()
+        await until(lambda: unlinked.inode not in session.opens)
+
+
+async def test_after_the_meta_server_lost_changes_files_that_lost_some_say_so() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        file = await write_file(volume, b"f", b"x" * 10)
+        await file.flush()
+        volume._shared.session.sequence_seen += 1000  # type: ignore[assignment]  # a server that has forgotten them
+        peer = volume._shared.session._peer
+        assert peer is not None
+        await peer.close()
+        await volume.attributes(Inode(1))
+        with pytest.raises(MendfsError):
+            await file.fsync()
+        await file.fsync()
