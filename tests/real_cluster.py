@@ -20,7 +20,7 @@ import pytest
 from mendfs.cluster.folder import ClusterFolder, ClusterRecord
 from mendfs.fuse import device
 from mendfs.world.local_disk import LocalDisk
-from mendfs.world.processes import LocalProcesses
+from mendfs.world.processes import LocalProcesses, ProcessIdentity
 
 COMMAND_TIMEOUT_S = 120
 PROCESSES = LocalProcesses()
@@ -95,12 +95,25 @@ class RealCluster:
             return record.supervisor.pid
         return next(child.process.pid for child in record.children if child.name == name)
 
+    def process(self, name: str) -> ProcessIdentity | None:
+        """The process of a child, once it runs; None while it is being started again."""
+        process = next(child.process for child in self.record().children if child.name == name)
+        return process if PROCESSES.identity(process.pid) == process else None
+
     def kill(self, name: str) -> None:
-        """kill -9; returns when the process is gone, not when it was started again."""
-        pid = self.pid(name)
-        identity = PROCESSES.identity(pid)
-        os.kill(pid, signal.SIGKILL)
-        until(lambda: PROCESSES.identity(pid) != identity, within_s=10)
+        """kill -9 of a child, as soon as it runs; returns when it is gone, not when it was started again."""
+        until(lambda: self.process(name), within_s=30)
+        process = self.process(name)
+        if process is not None:
+            PROCESSES.signal(process, signal.SIGKILL)
+            until(lambda: PROCESSES.identity(process.pid) != process, within_s=10)
+
+    def kill_supervisor(self) -> None:
+        """kill -9 of the process that watches the others."""
+        process = self.record().supervisor
+        assert process is not None
+        PROCESSES.signal(process, signal.SIGKILL)
+        until(lambda: PROCESSES.identity(process.pid) != process, within_s=10)
 
     def kill_everything(self) -> None:
         """kill -9 of every process at once, the supervisor first so that it starts nothing again."""

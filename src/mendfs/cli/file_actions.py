@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 from mendfs.cli.file_text import Entry
 from mendfs.cli.volumes import path_in_volume
 from mendfs.client.open_file import OpenFile
-from mendfs.client.paths import resolve
+from mendfs.client.paths import list_directory, resolve, resolve_parent
 from mendfs.client.volume import Volume
 from mendfs.errors import OperationError, UsageError
 from mendfs.model import Attributes, Inode, MiB
@@ -21,7 +21,6 @@ from mendfs.world.local_disk import LocalDisk
 
 PIECE_BYTES = 4 * MiB
 """A default block: enough to keep all replicas busy while the next piece is read."""
-NAMES_AT_ONCE = 1000
 PROGRESS_FROM_BYTES = 64 * MiB
 """Shorter transfers are over before anybody wonders."""
 
@@ -34,16 +33,9 @@ class Place(NamedTuple):
     name: bytes
 
 
-async def _find(volume: Volume, path: str, *, follow: bool = True) -> Attributes:
+async def _find_or_none(volume: Volume, path: str) -> Attributes | None:
     try:
-        return await resolve(volume, path, follow)
-    except OperationError as error:
-        raise OperationError(error.errno, path) from None
-
-
-async def _find_or_none(volume: Volume, path: str, *, follow: bool = True) -> Attributes | None:
-    try:
-        return await _find(volume, path, follow=follow)
+        return await resolve(volume, path)
     except OperationError as error:
         if error.errno == errno.ENOENT:
             return None
@@ -51,14 +43,9 @@ async def _find_or_none(volume: Volume, path: str, *, follow: bool = True) -> At
 
 
 async def _place(volume: Volume, path: str) -> Place:
-    inside = path_in_volume(path).rstrip("/")
-    folder, _, name = inside.rpartition("/")
-    if name in ("", ".", ".."):
-        raise UsageError(f"{path} cannot be made, moved or removed: name a file or directory in the volume")
-    parent = await _find(volume, folder or "/")
-    if not stat.S_ISDIR(parent.mode):
-        raise OperationError(errno.ENOTDIR, folder)
-    return Place(inside, parent.inode, os.fsencode(name))
+    inside = path_in_volume(path)
+    parent, name = await resolve_parent(volume, inside)
+    return Place(inside, parent.inode, name)
 
 
 def _is_directory(attributes: Attributes | None) -> bool:
@@ -67,21 +54,16 @@ def _is_directory(attributes: Attributes | None) -> bool:
 
 async def _children(volume: Volume, inode: Inode) -> list[Entry]:
     entries: list[Entry] = []
-    after = b""
-    while True:
-        listing = await volume.list_directory(inode, after, NAMES_AT_ONCE, with_attributes=True)
-        for entry in listing.entries:
-            assert entry.attributes is not None, "they were asked for"
-            entries.append((entry.name, entry.attributes))
-        if listing.complete or not listing.entries:
-            return entries
-        after = listing.entries[-1].name
+    async for entry in list_directory(volume, inode):
+        assert entry.attributes is not None, "they were asked for"
+        entries.append((entry.name, entry.attributes))
+    return entries
 
 
 async def list_path(volume: Volume, path: str) -> list[Entry]:
     """A directory's entries, or the file itself."""
     inside = path_in_volume(path)
-    found = await _find(volume, inside)
+    found = await resolve(volume, inside)
     if _is_directory(found):
         return await _children(volume, found.inode)
     return [(os.fsencode(inside.rstrip("/").rpartition("/")[2]), found)]
@@ -90,7 +72,7 @@ async def list_path(volume: Volume, path: str) -> list[Entry]:
 async def stat_path(volume: Volume, path: str) -> Entry:
     """A file's attributes; a symbolic link's own."""
     inside = path_in_volume(path)
-    return os.fsencode(inside), await _find(volume, inside, follow=False)
+    return os.fsencode(inside), await resolve(volume, inside, follow=False)
 
 
 async def make_directories(volume: Volume, paths: Sequence[str], *, parents: bool) -> None:
@@ -124,9 +106,8 @@ async def _open_for_writing(volume: Volume, path: str, *, truncate: bool, append
     flags = os.O_WRONLY | (os.O_TRUNC if truncate else 0) | (os.O_APPEND if append else 0)
     inside = path_in_volume(path)
     found = await _find_or_none(volume, inside)
-    if _is_directory(found):
-        raise OperationError(errno.EISDIR, path)
     if found is not None:
+        _check_regular(found, path)
         return await volume.open_file(found.inode, flags=flags)
     place = await _place(volume, path)
     made = await volume.make(
@@ -136,10 +117,16 @@ async def _open_for_writing(volume: Volume, path: str, *, truncate: bool, append
 
 
 async def _open_for_reading(volume: Volume, path: str) -> OpenFile:
-    found = await _find(volume, path_in_volume(path))
-    if _is_directory(found):
-        raise OperationError(errno.EISDIR, path)
+    found = await resolve(volume, path_in_volume(path))
+    _check_regular(found, path)
     return await volume.open_file(found.inode, flags=os.O_RDONLY)
+
+
+def _check_regular(attributes: Attributes, path: str) -> None:
+    if _is_directory(attributes):
+        raise OperationError(errno.EISDIR, path)
+    if not stat.S_ISREG(attributes.mode):
+        raise UsageError(f"{path} is no regular file: it has no contents")
 
 
 async def create_files(volume: Volume, paths: Sequence[str]) -> None:
@@ -273,7 +260,7 @@ async def remove(volume: Volume, paths: Sequence[str], *, recursive: bool) -> No
     """Remove files, with `recursive` directories too."""
     for path in paths:
         place = await _place(volume, path)
-        found = await _find(volume, place.path, follow=False)
+        found = await resolve(volume, place.path, follow=False)
         if _is_directory(found) and not recursive:
             raise OperationError(errno.EISDIR, f"{path} (use -r)")
         await _remove_tree(volume, place, found)
