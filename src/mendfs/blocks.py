@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 from blake3 import blake3
-from xxhash import xxh3_64_digest, xxh3_128_digest
+from xxhash import xxh3_64_digest, xxh3_128_digest, xxh3_128_intdigest
 
 from mendfs.errors import BlockCorrupt
-from mendfs.model import ChecksumKind
+from mendfs.model import BlockId, ChecksumKind, Partition
 
 Buffer = bytes | bytearray | memoryview
 
@@ -87,3 +87,11 @@ def check_root(checksums: Buffer, root: bytes, *, length: int, page_size: int, k
         raise BlockCorrupt(f"{len(checksums)} bytes of page checksums for a block of {length} bytes")
     if root_of(checksums, length=length, page_size=page_size, kind=kind) != root:
         raise BlockCorrupt("the page checksums do not match the block's root")
+
+
+def block_digest(volume: str, partition: Partition, block: BlockId, root: bytes) -> int:
+    """128 bits that stand for a block in a sum that does not depend on order: inventories and tallies are made of it.
+
+    Keyed by the volume, so that sums of two volumes never meet.
+    """
+    return xxh3_128_intdigest(b"%s/%d/%d/%s" % (volume.encode(), partition, block, root))

@@ -1,0 +1,225 @@
+"""Opening a store: what is in the segment files, and which of the index can be believed (design section 4).
+
+The index is a cache. What lies before the checkpoint is on the disk and in the index; what was entered past it is only
+believed when the record is there, whole, header *and data*. After kill -9 that is all of it: files and the index's log
+are in the page cache. After a power cut it is what reached the disk. A store without its index is scanned whole.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+import structlog
+
+from mendfs.data import schema
+from mendfs.data.index import Index, Journalled, Name
+from mendfs.data.record import SEGMENT_HEADER_BYTES, SegmentHeader, align
+from mendfs.data.scanning import Found, Scan, scan
+from mendfs.data.schema import Entry, Place
+from mendfs.data.segment import Segment, Segments
+from mendfs.data.watch import Watch
+from mendfs.errors import StoreDamaged
+from mendfs.model import Volume
+from mendfs.world.disk import File
+
+log = structlog.get_logger("data")
+
+START = Place(0, 0)
+
+
+class Report(msgspec.Struct):
+    """What was found; the log says it."""
+
+    segments: int = 0
+    scanned: int = 0
+    records: int = 0
+    added: int = 0
+    dropped: int = 0
+    bad: int = 0
+    skipped_bytes: int = 0
+    cut_bytes: int = 0
+    index_was_whole: bool = True
+
+
+class Recovered(msgspec.Struct):
+    """A store ready for use."""
+
+    active: Segment | None
+    last_number: int
+    checkpoint: Place
+    report: Report
+
+
+class _Opened(msgspec.Struct):
+    """A segment file found in the folder."""
+
+    segment: Segment
+    is_closed: bool
+    is_known: bool
+    """To the index."""
+
+
+class Recovery:
+    """One opening of one store."""
+
+    def __init__(
+        self, segments: Segments, index: Index, watch: Watch, *, volume: Volume, server: bytes, segment_bytes: int
+    ) -> None:
+        self._segments = segments
+        self._index = index
+        self._watch = watch
+        self._volume = volume
+        self._server = server
+        self._segment_bytes = segment_bytes
+        self._report = Report()
+
+    async def run(self) -> Recovered:
+        """Open everything. Raises StoreDamaged when the folder is another store's, OSError."""
+        mark, expected = await self._index.mark(), schema.encode_mark(self._server, bytes.fromhex(self._volume.id))
+        if mark is not None and mark != expected:
+            raise StoreDamaged(f"the index beside {self._segments.folder} belongs to another server or volume")
+        self._report.index_was_whole = mark is not None
+        checkpoint = await self._index.checkpoint() if mark is not None else None
+        opened = await self._open_files()
+        begin = checkpoint or START
+        scans = await self._scan_all(opened, begin)
+        await self._enter(scans, begin, is_whole=mark is not None)
+        active, last = await self._choose_active(opened)
+        end = Place(active.number, active.position) if active else Place(last + 1, SEGMENT_HEADER_BYTES)
+        await self._index.set_checkpoint(begin, end)
+        if mark is None:
+            await self._index.set_mark(self._server, bytes.fromhex(self._volume.id))
+        log.info("store opened", **msgspec.structs.asdict(self._report))
+        return Recovered(active, last, end, self._report)
+
+    # Files
+
+    async def _open_files(self) -> list[_Opened]:
+        known = await self._index.segments()
+        present = await self._watch.run(self._segments.present)
+        for number in sorted(known.keys() - set(present)):
+            await self._forget(number)
+        opened = []
+        for number in present:
+            segment = await self._open_file(number, known.get(number))
+            if segment is None:
+                continue
+            self._segments.add(segment)
+            is_known = number in known
+            if not is_known:
+                await self._index.set_segment(number, segment.id)
+            opened.append(_Opened(segment, is_known and known[number][1], is_known and self._report.index_was_whole))
+        self._report.segments = len(opened)
+        return opened
+
+    async def _open_file(self, number: int, known: tuple[bytes, bool] | None) -> Segment | None:
+        try:
+            file, header = await self._watch.run(self._segments.open, number)
+        except StoreDamaged as error:
+            return await self._open_damaged(number, known, error)
+        if header.server != self._server or header.volume != bytes.fromhex(self._volume.id):
+            file.close()
+            raise StoreDamaged(
+                f"{self._segments.path(number)} belongs to server {header.server.hex()} of volume "
+                f"{header.volume.hex()}; this folder's is {self._server.hex()} of {self._volume.id}: move it away"
+            )
+        return Segment(header, file, max(SEGMENT_HEADER_BYTES, align(await self._watch.run(file.size))))
+
+    async def _open_damaged(self, number: int, known: tuple[bytes, bool] | None, error: StoreDamaged) -> Segment | None:
+        if known is None:
+            # Made just before a crash, or an index was lost together with this header: without its random id no
+            # record in it can be told from garbage.
+            log.error("segment left alone", segment=number, error=str(error))
+            self._watch.trouble(f"segment {number}", f"{error}; its records cannot be found again")
+            return None
+        log.error("segment header damaged, read by the index", segment=number, error=str(error))
+        self._watch.trouble(f"segment {number}", f"{error}; its blocks are read with the help of the index")
+        file: File = await self._watch.run(self._segments.open_damaged, number)
+        header = SegmentHeader(number, known[0], bytes(16), self._server, self._volume.checksum, self._volume.page_size)
+        return Segment(header, file, max(SEGMENT_HEADER_BYTES, align(await self._watch.run(file.size))))
+
+    async def _forget(self, number: int) -> None:
+        """A file that the index knows is not there any more."""
+        held = await self._index.in_segment(number)
+        await self._index.remove([name for name, _ in held])
+        await self._index.set_segment(number, None)
+        if held:
+            path = self._segments.path(number)
+            text = f"{path} is gone: its {len(held)} blocks must come from other servers"
+            self._watch.trouble(f"gone {number}", text)
+
+    # Records
+
+    async def _scan_all(self, opened: Sequence[_Opened], begin: Place) -> list[tuple[Segment, Scan]]:
+        scans = []
+        for each in opened:
+            segment = each.segment
+            begin_here = SEGMENT_HEADER_BYTES
+            if each.is_known:
+                if each.is_closed or segment.number < begin.segment:
+                    continue
+                if segment.number == begin.segment:
+                    begin_here = max(begin.offset, SEGMENT_HEADER_BYTES)
+            found = await self._watch.run(scan, segment.file, seed=segment.seed, begin=begin_here)
+            await self._cut(segment, found.end, is_known=each.is_known)
+            # Before anything found is entered: what the index says of it must not outlive the record in a power cut.
+            await self._watch.run(segment.sync)
+            scans.append((segment, found))
+        if scans:
+            await self._watch.run(self._segments.sync_names)
+        return scans
+
+    async def _cut(self, segment: Segment, end: int, *, is_known: bool) -> None:
+        """Cut what follows the last valid record, if the scan began at the last synced place: none of it was synced."""
+        size = await self._watch.run(segment.file.size)
+        if is_known and size > end:
+            self._report.cut_bytes += size - end
+            await self._watch.run(segment.file.truncate, end)
+            size = end
+        segment.position = max(end, align(size))
+
+    async def _enter(self, scans: Sequence[tuple[Segment, Scan]], begin: Place, *, is_whole: bool) -> None:
+        """Make the index say what was found past the checkpoint, no more and no less."""
+        journal = await self._index.journal(begin) if is_whole else []
+        believed: set[Journalled] = set()
+        for segment, found in scans:
+            self._report.scanned += 1
+            self._report.records += len(found.records)
+            self._report.skipped_bytes += found.skipped_bytes
+            for record in found.records:
+                name: Name = (record.header.partition, record.header.block)
+                if record.is_good:
+                    believed.add(Journalled(Place(segment.number, record.offset), name))
+        dropped = await self._index.drop([entry for entry in journal if entry not in believed])
+        self._report.dropped = len(dropped)
+        for segment, found in scans:
+            for record in found.records:
+                await self._enter_record(segment, record, is_whole=is_whole)
+            await asyncio.sleep(0)
+
+    async def _enter_record(self, segment: Segment, record: Found, *, is_whole: bool) -> None:
+        header = record.header
+        name: Name = (header.partition, header.block)
+        if not record.is_good:
+            self._report.bad += 1
+            # Past a checkpoint it was torn, and nobody was told that it is durable. In a full scan it may have rotten:
+            # then its good pages can still serve, though the block does not count as held.
+            if is_whole:
+                return
+        old = await self._index.find(*name)
+        place = Place(segment.number, record.offset)
+        if old is not None and (old.place == place or old.is_good or not record.is_good):
+            return
+        flags = 0 if record.is_good else schema.FLAG_BAD
+        entry = Entry(*place, header.length, header.inode, header.slot, flags, header.root)
+        await self._index.add(name, entry, is_synced=True)
+        self._report.added += 1
+
+    async def _choose_active(self, opened: Sequence[_Opened]) -> tuple[Segment | None, int]:
+        """The segment to go on with, if the last one has room, and the highest number that is taken."""
+        last = max([*await self._watch.run(self._segments.present), *(await self._index.segments())], default=0)
+        if opened and opened[-1].segment.number == last:
+            segment = opened[-1].segment
+            if not opened[-1].is_closed and segment.position < self._segment_bytes:
+                return segment, last
+        return None, last

@@ -1,0 +1,320 @@
+"""The data server: requests to the store. The only module of `data` that answers the network.
+
+A server that was registered once serves reads and writes from its start, whether the meta server answers or not; a new one
+has no store before it knows the volume's parameters, and requests wait for it.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import structlog
+
+from mendfs.blocks import RULES
+from mendfs.data.folder import Folder
+from mendfs.data.opening import StoreOptions, open_store
+from mendfs.data.registration import Registration, process_id
+from mendfs.data.schema import Fence
+from mendfs.data.store import Store
+from mendfs.data.syncing import draw_incarnation
+from mendfs.errors import BadMessage, MendfsError, NotAuthentic
+from mendfs.kv.engine import Engine
+from mendfs.model import Generation, Incarnation, MiB, ServerNumber, StoreHealth
+from mendfs.wire.messages import Message
+from mendfs.wire.messages import data as messages
+from mendfs.wire.messages.session import Done, Ping
+from mendfs.wire.peer import Credentials, Peer, Received, Reply, Server, serve
+from mendfs.world import World
+
+log = structlog.get_logger("data")
+
+EngineOpener = Callable[[str], Awaitable[Engine]]
+Handler = Callable[[Peer, Any], Awaitable[msgspec.Struct]]
+
+LIST_MAX = 10_000
+"""Blocks in one answer: 100 bytes each stay below what a message may have."""
+VERIFY_MAX = 100
+"""Blocks read for one answer: at 4 MiB each about a second, within anybody's deadline."""
+NAMES_MAX = 20_000
+"""Blocks in one question or order."""
+INVENTORY_PARTITIONS_MAX = 1024
+
+
+class DataOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a data server runs."""
+
+    dir: str
+    """Absolute path of its folder."""
+    listen: str
+    """HOST:PORT, or the path of a Unix socket."""
+    meta: str
+    """Where the meta server listens."""
+    zone: str
+    """Replicas are kept apart by it: usually the machine's name."""
+    capacity: int = 0
+    """Bytes of records it may hold; 0 for what the disk has."""
+    number: ServerNumber | int | None = None
+    """The server number it would like to have on a new volume."""
+    advertise: str = ""
+    """The address that others reach it under, if not the one it listens on."""
+    segment_bytes: int = 256 * MiB
+
+
+class DataServer:
+    """One data server over one folder."""
+
+    def __init__(
+        self, world: World, open_engine: EngineOpener, options: DataOptions, secret: bytes, folder: Folder
+    ) -> None:
+        self.failed: asyncio.Future[MendfsError] = asyncio.get_running_loop().create_future()
+        """Done when the server cannot go on; its process must end, saying why."""
+        self.store: Store | None = None
+        self._world = world
+        self._open_engine = open_engine
+        self._options = options
+        self._secret = secret
+        self._folder = folder
+        self._server: Server | None = None
+        self._has_store = asyncio.Event()
+        # What registers a server that has no store yet; the store brings its own, told with the first heartbeat.
+        self._first_incarnation = draw_incarnation(world.rng)
+        self._registration = Registration(
+            world.network,
+            options.meta,
+            self.handle,
+            credentials=self._credentials,
+            introduce=self._introduce,
+            admitted=self._admitted,
+            beat=self._beat,
+        )
+        self._registering: asyncio.Task[None] | None = None
+        self._handlers: dict[type, Handler] = {
+            Ping: self._ping,
+            messages.SyncStore: self._sync,
+            messages.HaveBlocks: self._have,
+            messages.DeleteBlocks: self._delete,
+            messages.ListContents: self._list,
+            messages.GetInventory: self._inventory,
+            messages.GetHealth: self._health_report,
+        }
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        assert self._server is not None, "started before it is asked"
+        return self._server.address
+
+    @property
+    def number(self) -> ServerNumber | None:
+        """Its number in the volume; None before the first registration."""
+        return self._folder.identity.number
+
+    @property
+    def registered(self) -> asyncio.Event:
+        """Set while the meta server knows it."""
+        return self._registration.registered
+
+    async def start(self) -> None:
+        """Open the store if the volume is known, listen, and begin to register."""
+        if self._folder.identity.volume is not None:
+            await self._open_store()
+        self._server = await serve(
+            self._world.network, self._options.listen, self._credentials(), role="data", handler=self.handle
+        )
+        self._registering = asyncio.create_task(self._registration.run(), name="registration")
+        self._registering.add_done_callback(self._registration_over)
+        log.info("data server up", address=self.address, dir=self._options.dir, number=self.number)
+
+    async def close(self) -> None:
+        """Stop: no more requests, everything put is durable."""
+        if self._registering is not None:
+            self._registering.cancel()
+            await asyncio.gather(self._registering, return_exceptions=True)
+        if self._server is not None:
+            await self._server.close()
+        try:
+            if self.store is not None:
+                await self.store.close()
+        finally:
+            self._folder.close()
+
+    # Standing with the meta server
+
+    def _credentials(self) -> Credentials:
+        volume = self._folder.identity.volume
+        return Credentials(self._secret, "" if volume is None else volume.id)
+
+    def _introduce(self) -> messages.RegisterServer:
+        mine = self._folder.identity
+        wanted = mine.number if mine.number is not None else self._options.number
+        return messages.RegisterServer(
+            id=mine.id,
+            address=self._options.advertise or self.address,
+            zone=self._options.zone,
+            incarnation=self._incarnation,
+            pid=process_id(),
+            capacity=self._options.capacity,
+            wanted_number=None if wanted is None else ServerNumber(wanted),
+            highest_generation=Generation(0) if self.store is None else self.store.highest_generation,
+            health=self._health(),
+        )
+
+    async def _admitted(self, answer: messages.Registered) -> None:
+        """The meta server said who we are."""
+        self._folder.check(answer.number, answer.volume, self._options.meta)
+        await self._world.disk.run(self._folder.write, answer.number, answer.volume)
+        if self.store is None:
+            await self._open_store()
+
+    def _beat(self) -> messages.Heartbeat:
+        return messages.Heartbeat(self._incarnation, self._health())
+
+    @property
+    def _incarnation(self) -> Incarnation:
+        return self._first_incarnation if self.store is None else self.store.incarnation
+
+    def _health(self) -> StoreHealth:
+        if self.store is not None:
+            return self.store.health()
+        return StoreHealth(
+            blocks=0,
+            bytes_used=0,
+            bytes_free=0,
+            reads=0,
+            writes=0,
+            mended=0,
+            corrupt_found=0,
+            oldest_disk_operation_s=0.0,
+        )
+
+    def _registration_over(self, task: "asyncio.Task[None]") -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        assert error is not None, "it runs until it is cancelled"
+        if not isinstance(error, MendfsError):
+            log.error("registration ended", exc_info=error)
+            error = MendfsError(f"registration ended: {error}")
+        self._fail(error)
+
+    def _fail(self, error: MendfsError) -> None:
+        log.error("data server cannot go on", error=str(error))
+        if not self.failed.done():
+            self.failed.set_result(error)
+
+    async def _open_store(self) -> None:
+        mine, options = self._folder.identity, self._options
+        assert mine.volume is not None
+        self.store = await open_store(
+            self._world,
+            options.dir,
+            self._open_engine,
+            volume=mine.volume,
+            server_id=mine.id,
+            options=StoreOptions(segment_bytes=options.segment_bytes, capacity=options.capacity),
+        )
+        self.store.failed.add_done_callback(lambda failed: self._fail(failed.result()))
+        self._has_store.set()
+
+    async def _ready_store(self) -> Store:
+        """The store; a new server's requests wait for it, up to their deadline."""
+        if self.store is None:
+            await self._has_store.wait()
+            assert self.store is not None
+        return self.store
+
+    # Requests
+
+    async def handle(self, peer: Peer, message: Message, received: Received | None) -> Reply | msgspec.Struct:
+        """Answer one request."""
+        if type(message) is messages.GetBlock:
+            return await self._get(message)
+        if type(message) is messages.PutBlock:
+            return await self._put(message, received)
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise BadMessage(f"a data server does not answer {type(message).__name__}")
+        return await handler(peer, message)
+
+    async def _put(self, message: messages.PutBlock, received: Received | None) -> messages.Stored:
+        store = await self._ready_store()
+        length = 0 if received is None else len(received.view)
+        volume = store.volume
+        if received is None or not 0 < length <= volume.block_size:
+            raise BadMessage(f"a block of {length} bytes; this volume's have 1 to {volume.block_size}")
+        if not 0 <= message.partition < volume.partitions or not 0 < message.block < 1 << 64:
+            raise BadMessage(f"there is no block {message.block:#x} of partition {message.partition}")
+        if len(message.root) != RULES[volume.checksum].root_bytes or min(message.inode, message.slot) < 0:
+            raise BadMessage("a root, inode or slot that this volume cannot have")
+        put = store.put_synced if message.sync else store.put
+        return messages.Stored(await put(message, received.view), self._registration.epoch)
+
+    async def _get(self, message: messages.GetBlock) -> Reply:
+        store = await self._ready_store()
+        if message.first_page < 0 or message.page_count <= 0:
+            raise BadMessage(f"{message.page_count} pages from page {message.first_page} on were asked for")
+        pages = await store.get(message.partition, message.block, message.first_page, message.page_count)
+        checksums = pages.checksums if message.with_checksums else b""
+        answer = messages.BlockPages(pages.length, checksums, self._registration.epoch)
+        return Reply(answer, (pages.view,), pages.release)
+
+    async def _ping(self, peer: Peer, message: Ping) -> Done:
+        return Done()
+
+    async def _sync(self, peer: Peer, message: messages.SyncStore) -> messages.Synced:
+        return messages.Synced(await (await self._ready_store()).sync())
+
+    async def _have(self, peer: Peer, message: messages.HaveBlocks) -> messages.BlocksHeld:
+        store = await self._ready_store()
+        _check_count(len(message.blocks), NAMES_MAX)
+        # Noted first: an incarnation that began while we looked would vouch for what a failed sync has taken.
+        incarnation = store.incarnation
+        return messages.BlocksHeld(await store.have(message.blocks), incarnation)
+
+    async def _delete(self, peer: Peer, message: messages.DeleteBlocks) -> messages.Deleted:
+        if peer.remote_role != "meta":
+            raise NotAuthentic(f"a {peer.remote_role} cannot order a data server to delete")
+        _check_count(len(message.blocks), NAMES_MAX)
+        store = await self._ready_store()
+        return messages.Deleted(await store.delete(Fence(message.generation, message.sequence), message.blocks))
+
+    async def _list(self, peer: Peer, message: messages.ListContents) -> messages.Contents:
+        store = await self._ready_store()
+        limit = min(message.limit, VERIFY_MAX if message.verify else LIST_MAX)
+        if limit <= 0:
+            raise BadMessage(f"{message.limit} blocks were asked for")
+        after = (message.after_partition, message.after_block)
+        found = await store.list_blocks(after, limit, only=message.partition, verify=message.verify)
+        return messages.Contents(tuple(found), complete=len(found) < limit)
+
+    async def _inventory(self, peer: Peer, message: messages.GetInventory) -> messages.InventorySums:
+        store = await self._ready_store()
+        _check_count(len(message.partitions), INVENTORY_PARTITIONS_MAX)
+        incarnation = store.incarnation
+        return messages.InventorySums(await store.inventory(message.partitions), incarnation)
+
+    async def _health_report(self, peer: Peer, message: messages.GetHealth) -> messages.HealthReport:
+        return messages.HealthReport(self._incarnation, self._health(), process_id())
+
+
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise BadMessage(f"{count} at once; {most} are allowed")
+
+
+async def start_data(world: World, engine_opener: EngineOpener, options: DataOptions, secret: bytes) -> DataServer:
+    """Open the folder and serve it. Returns when it listens; it registers with the meta server in the background.
+
+    Raises UsageError, StoreDamaged or StoreFailed, in a line that says what to do.
+    """
+    folder = await world.disk.run(Folder.open, world.disk, options.dir, world.rng)
+    server = DataServer(world, engine_opener, options, secret, folder)
+    try:
+        if options.number is not None and folder.identity.number not in (None, options.number):
+            raise MendfsError(f"the folder {options.dir} is server {folder.identity.number}'s, not {options.number}'s")
+        await server.start()
+    except BaseException:
+        await server.close()
+        raise
+    return server

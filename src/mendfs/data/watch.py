@@ -1,0 +1,154 @@
+"""How a store is: disk operations under way and their age, troubles in words, room, counters. Feeds `StoreHealth`."""
+
+import asyncio
+import errno
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import structlog
+
+from mendfs.errors import ReplicaError, StoreFailed, StoreFull
+from mendfs.model import StoreHealth
+from mendfs.world.disk import Disk
+
+log = structlog.get_logger("data")
+
+FULL_PERCENT = 95
+"""Above this puts are refused: the index, deletes and mending need room to work."""
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REMEDIES = {
+    errno.EIO: "the disk fails: replace it",
+    errno.EROFS: "the file system is read-only: see the kernel's log, then mount it writable",
+    errno.EMFILE: "no file descriptors are left: raise the limit (ulimit -n)",
+    errno.ENFILE: "no file descriptors are left on this machine: raise fs.file-max",
+}
+
+
+class Watch:
+    """One store's account of itself."""
+
+    def __init__(self, disk: Disk, folder: str, capacity: int) -> None:
+        self._disk = disk
+        self._folder = folder
+        self._capacity = capacity
+        self._operations: dict[int, float] = {}
+        self._last_operation = 0
+        self._troubles: dict[str, str] = {}
+        self._free = self._total = 0
+        self.blocks = 0
+        self.record_bytes = 0
+        self.reads = 0
+        self.writes = 0
+        self.mended = 0
+        self.corrupt_found = 0
+
+    async def run(
+        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Call `function` in one of the disk's threads, watched: its age is what a heartbeat tells of a stuck disk."""
+        self._last_operation += 1
+        operation = self._last_operation
+        self._operations[operation] = asyncio.get_running_loop().time()
+
+        def ended(work: "asyncio.Future[Result]") -> None:
+            del self._operations[operation]
+            if not work.cancelled():
+                work.exception()
+
+        work = asyncio.ensure_future(self._disk.run(function, *args, **kwargs))
+        # By the thread's end, not the caller's: one who waits no more does not make the disk any quicker.
+        work.add_done_callback(ended)
+        return await asyncio.shield(work)
+
+    def count_in(self, record_bytes: int) -> None:
+        """A block more."""
+        self.blocks += 1
+        self.record_bytes += record_bytes
+
+    def count_out(self, record_bytes: int) -> None:
+        """A block less."""
+        self.blocks -= 1
+        self.record_bytes -= record_bytes
+
+    @property
+    def oldest_operation_s(self) -> float:
+        """Age of the oldest unfinished disk operation. They end in any order, but begin in this one."""
+        for begun_s in self._operations.values():
+            return asyncio.get_running_loop().time() - begun_s
+        return 0.0
+
+    def trouble(self, topic: str, text: str) -> None:
+        """Something is wrong with the store: one line that says what, and what to do."""
+        if self._troubles.get(topic) != text:
+            log.error("store in trouble", topic=topic, trouble=text)
+        self._troubles[topic] = text
+
+    def relieve(self, topic: str) -> None:
+        """It is over."""
+        if self._troubles.pop(topic, None) is not None:
+            log.info("store trouble over", topic=topic)
+
+    def has_trouble(self, topic: str) -> bool:
+        """Whether it is not over yet."""
+        return topic in self._troubles
+
+    def disk_error(self, what: str, error: OSError) -> ReplicaError:
+        """The error that a writer is told, noted in health too."""
+        code = error.errno or errno.EIO
+        if code in _FULL:
+            self.trouble("full", f"no room on the disk of {self._folder}: delete files or add servers")
+            return StoreFull(f"{what}: no room on the disk of {self._folder}")
+        remedy = _REMEDIES.get(code, "see the kernel's log")
+        self.trouble("disk", f"{what} in {self._folder}: {error.strerror or error}; {remedy}")
+        return StoreFailed(f"{what}: {error.strerror or error}; {remedy}")
+
+    def measure_room(self) -> None:
+        """Ask the file system. Blocks, but no longer than a look at the superblock."""
+        self._free = self._disk.free_bytes(self._folder)
+        self._total = self._disk.total_bytes(self._folder)
+
+    def reserve(self, length: int) -> None:
+        """Raise StoreFull if `length` more bytes would fill the disk, or the capacity, over FULL_PERCENT."""
+        if not self._has_room(length):
+            # The estimate only ever falls: what others freed is seen by asking again before anybody is refused.
+            try:
+                self.measure_room()
+            except OSError as error:
+                raise self.disk_error("cannot see how much room there is", error) from None
+            if not self._has_room(length):
+                text = f"over {FULL_PERCENT} % of its room is used"
+                self.trouble("full", f"{self._folder}: {text}; no new blocks are taken")
+                raise StoreFull(f"the store in {self._folder} is full: {text}")
+            self.relieve("full")
+        self._free -= length
+
+    def _has_room(self, length: int) -> bool:
+        if self._capacity and (self.record_bytes + length) * 100 > self._capacity * FULL_PERCENT:
+            return False
+        return (self._free - length) * 100 >= self._total * (100 - FULL_PERCENT)
+
+    @property
+    def bytes_free(self) -> int:
+        """What may still be written, by the last measurement."""
+        free = self._free - self._total * (100 - FULL_PERCENT) // 100
+        if self._capacity:
+            free = min(free, self._capacity * FULL_PERCENT // 100 - self.record_bytes)
+        return max(0, free)
+
+    def health(self) -> StoreHealth:
+        """What a heartbeat carries. Touches no disk."""
+        return StoreHealth(
+            blocks=self.blocks,
+            bytes_used=self.record_bytes,
+            bytes_free=self.bytes_free,
+            reads=self.reads,
+            writes=self.writes,
+            mended=self.mended,
+            corrupt_found=self.corrupt_found,
+            oldest_disk_operation_s=self.oldest_operation_s,
+            troubles=tuple(self._troubles.values()),
+        )
