@@ -1,7 +1,7 @@
 """A data server's folder: its lock, and the small file that says whose it is.
 
-`lock`, `server.json`, `index/`, `segments/`. With the volume's parameters and its own number written down, a server that
-is started again serves reads before it has reached the meta server.
+`lock`, `server.json`, `index/`, `segments/`. With the volume's parameters and its own number written down, a server
+that is started again serves reads before it has reached the meta server.
 """
 
 import posixpath

@@ -57,28 +57,18 @@ class Index:
         pairs = await self.engine.begin().range(begin, end, limit=limit)
         return [(schema.block_of(key), schema.decode_entry(raw)) for key, raw in pairs]
 
-    async def add(self, name: Name, entry: Entry, *, is_synced: bool = False) -> Entry | None:
-        """Enter a block; returns the entry it replaces. Not synced: a start does not believe it unchecked."""
-        old, _ = await run(self.engine, self._add, name, entry, is_synced)
-        return old
+    async def add(self, name: Name, entry: Entry, old: Entry | None, *, is_synced: bool = False) -> None:
+        """Enter a block in place of `old`, the entry it has. Not synced: a start does not believe it unchecked."""
+        await run(self.engine, self._add, name, entry, old, is_synced)
 
-    async def _add(self, tx: Transaction, name: Name, entry: Entry, is_synced: bool) -> Entry | None:
-        old = await self._take(tx, name)
+    async def _add(self, tx: Transaction, name: Name, entry: Entry, old: Entry | None, is_synced: bool) -> None:
+        if old is not None:
+            await self._take(tx, name)
         tx.put(schema.block_key(*name), schema.encode_entry(entry))
         if not is_synced:
             tx.put(schema.journal_key(entry.place), schema.encode_name(*name))
         if entry.is_good:
             await inventory.count(tx, self._volume.id, *name, entry.root, self.record_bytes(entry))
-        return old
-
-    async def add_many(self, found: Sequence[tuple[Name, Entry]]) -> None:
-        """Enter synced blocks."""
-        for start in range(0, len(found), BLOCKS_A_BATCH):
-            await run(self.engine, self._add_batch, found[start : start + BLOCKS_A_BATCH])
-
-    async def _add_batch(self, tx: Transaction, found: Sequence[tuple[Name, Entry]]) -> None:
-        for name, entry in found:
-            await self._add(tx, name, entry, True)
 
     async def _take(self, tx: Transaction, name: Name) -> Entry | None:
         """The entry of a block, counted out if it was counted."""
@@ -181,16 +171,17 @@ class Index:
 
     async def forget_journal(self, begin: Place, end: Place) -> None:
         """Believe what was entered between two places. Journal keys before the checkpoint are only superfluous."""
-        keys = schema.journal_key(begin), schema.journal_key(end)
-        while (await run(self.engine, self._forget_journal, *keys))[0]:
-            pass
+        key: bytes | None = schema.journal_key(begin)
+        while key is not None:
+            key, _ = await run(self.engine, self._forget_journal, key, schema.journal_key(end))
 
-    async def _forget_journal(self, tx: Transaction, begin: bytes, end: bytes) -> bool:
+    async def _forget_journal(self, tx: Transaction, begin: bytes, end: bytes) -> bytes | None:
+        """Forget some; returns where to go on, past the tombstones of these."""
         limit = 3 * BLOCKS_A_BATCH
         keys = await tx.range(begin, end, limit=limit)
         for key, _ in keys:
             tx.delete(key)
-        return len(keys) == limit
+        return keys[-1][0] if len(keys) == limit else None
 
     async def segments(self) -> dict[int, tuple[bytes, bool]]:
         """Number -> random id, and whether it is closed, of every segment the index knows."""

@@ -57,16 +57,10 @@ class RecordHeader(msgspec.Struct, frozen=True, gc=False):
     root: bytes
     page_size: int
     kind: ChecksumKind
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes before the data: header and page checksums."""
-        return head_length(self.length, self.page_size, self.kind)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes from this record to the next one."""
-        return align(self.head_bytes + self.length)
+    head_bytes: int
+    """Bytes before the data: header and page checksums."""
+    total_bytes: int
+    """Bytes from this record to the next one."""
 
 
 def align(position: int) -> int:
@@ -77,6 +71,21 @@ def align(position: int) -> int:
 def head_length(length: int, page_size: int, kind: ChecksumKind) -> int:
     """Bytes that header and page checksums of a block of `length` bytes take."""
     return RECORD_HEADER_BYTES + checksums_length(length, page_size, kind)
+
+
+def make_header(
+    partition: Partition,
+    block: BlockId,
+    inode: Inode,
+    slot: Slot,
+    length: int,
+    root: bytes,
+    page_size: int,
+    kind: ChecksumKind,
+) -> RecordHeader:
+    """The header of a block's record, with the lengths that follow from the block's."""
+    head = head_length(length, page_size, kind)
+    return RecordHeader(partition, block, inode, slot, length, root, page_size, kind, head, align(head + length))
 
 
 def seed_of(segment_id: bytes) -> int:
@@ -146,5 +155,5 @@ def decode_record(raw: Buffer, *, seed: int, offset: int, at: int = 0) -> Record
     # Behind a good checksum only a program of ours can have written nonsense; it must not become a huge allocation.
     if not (0 < length <= BLOCK_SIZE_MAX and 0 < page_size <= BLOCK_SIZE_MAX):
         return None
-    header = RecordHeader(partition, block, inode, slot, length, root[: RULES[kind].root_bytes], page_size, kind)
+    header = make_header(partition, block, inode, slot, length, root[: RULES[kind].root_bytes], page_size, kind)
     return header if header.total_bytes == total else None

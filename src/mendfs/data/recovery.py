@@ -212,7 +212,7 @@ class Recovery:
             return
         flags = 0 if record.is_good else schema.FLAG_BAD
         entry = Entry(*place, header.length, header.inode, header.slot, flags, header.root)
-        await self._index.add(name, entry, is_synced=True)
+        await self._index.add(name, entry, old, is_synced=True)
         self._report.added += 1
 
     async def _choose_active(self, opened: Sequence[_Opened]) -> tuple[Segment | None, int]:

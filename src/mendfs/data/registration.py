@@ -1,4 +1,4 @@
-"""Standing with the meta server: register, send heartbeats, reconnect for ever. The meta server calls back over this."""
+"""Standing with the meta server: register, send heartbeats, reconnect for ever. It calls back over this connection."""
 
 import asyncio
 import os
@@ -50,7 +50,7 @@ class Registration:
         self._last_trouble = ""
 
     async def run(self) -> None:
-        """Until cancelled. Raises what makes going on senseless: another volume's folder, a store that does not open."""
+        """Until cancelled. Raises what makes it senseless: another volume's folder, a store that does not open."""
         backoff_s = BACKOFF_MIN_S
         while True:
             try:

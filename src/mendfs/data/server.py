@@ -1,7 +1,7 @@
 """The data server: requests to the store. The only module of `data` that answers the network.
 
-A server that was registered once serves reads and writes from its start, whether the meta server answers or not; a new one
-has no store before it knows the volume's parameters, and requests wait for it.
+A server that was registered once serves reads and writes from its start, whether the meta server answers or not; a new
+one has no store before it knows the volume's parameters, and requests wait for it.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from mendfs.world import World
 log = structlog.get_logger("data")
 
 EngineOpener = Callable[[str], Awaitable[Engine]]
-Handler = Callable[[Peer, Any], Awaitable[msgspec.Struct]]
+Handler = Callable[[Peer, Any], Awaitable[Message]]
 
 LIST_MAX = 10_000
 """Blocks in one answer: 100 bytes each stay below what a message may have."""
@@ -226,7 +226,7 @@ class DataServer:
 
     # Requests
 
-    async def handle(self, peer: Peer, message: Message, received: Received | None) -> Reply | msgspec.Struct:
+    async def handle(self, peer: Peer, message: Message, received: Received | None) -> Reply | Message:
         """Answer one request."""
         if type(message) is messages.GetBlock:
             return await self._get(message)

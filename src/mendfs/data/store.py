@@ -15,7 +15,7 @@ from mendfs.blocks import Buffer, page_checksums, root_of
 from mendfs.data import inventory, reading
 from mendfs.data.append import AppendLog
 from mendfs.data.index import Index, Name
-from mendfs.data.record import RecordHeader, encode_record
+from mendfs.data.record import RecordHeader, encode_record, make_header
 from mendfs.data.schema import Entry, Fence, Place
 from mendfs.data.segment import Segment, Segments
 from mendfs.data.syncing import Syncing, punch
@@ -112,7 +112,7 @@ class Store:
             if old.root != message.root:
                 raise _conflict(message)
             return self.incarnation
-        header = RecordHeader(
+        header = make_header(
             message.partition,
             message.block,
             message.inode,
@@ -138,24 +138,24 @@ class Store:
             if not is_written:
                 segment.settle(offset, is_written=False)
         try:
-            return await self._enter(segment, offset, header)
+            return await self._enter(segment, offset, header, old)
         finally:
             segment.settle(offset, is_written=True)
 
-    async def _enter(self, segment: Segment, offset: int, header: RecordHeader) -> Incarnation:
+    async def _enter(self, segment: Segment, offset: int, header: RecordHeader, old: Entry | None) -> Incarnation:
         """A record was written: enter it into the index."""
         name = (header.partition, header.block)
         if segment.is_failed:
             raise StoreFailed(f"segment {segment.number} could not be synced; block {header.block:#x} was given up")
         entry = Entry(segment.number, offset, header.length, header.inode, header.slot, 0, header.root)
-        replaced = await self._guarded(self._index.add(name, entry))
+        await self._guarded(self._index.add(name, entry, old))
         segment.written(offset, header.total_bytes, name)
         self.watch.relieve("disk")
         self.watch.count_in(header.total_bytes)
         self.watch.writes += 1
         self.highest_generation = max(self.highest_generation, generation_of(header.block))
-        if replaced is not None and (old := self._segments.get(replaced.segment)) is not None:
-            self._syncing.punch_after_sync(old, replaced.offset, self._index.record_bytes(replaced))
+        if old is not None and (behind := self._segments.get(old.segment)) is not None:
+            self._syncing.punch_after_sync(behind, old.offset, self._index.record_bytes(old))
         return self.incarnation
 
     async def sync(self) -> Incarnation:
