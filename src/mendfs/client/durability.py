@@ -94,6 +94,7 @@ class Durability:
                     raise Unreachable(f"{len(pending)} blocks are durable on fewer than W servers")
                 await self._shared.servers.changes.wait(pause_s)
                 pause_s = min(2 * pause_s, REPAIR_PAUSE_MAX_S)
+                pending = self._left(pending)
 
     @staticmethod
     def _left(pending: Pending) -> Pending:
@@ -176,9 +177,9 @@ class Durability:
                     lacking.setdefault(server, []).append((file, name))
         asked = [self._ask(server, blocks) for server, blocks in lacking.items()]
         await asyncio.gather(*asked)
-        for file, name in self._left(pending):
-            entry = file.unsynced[name]
-            if len(entry.puts.keys() | entry.synced) < self._shared.volume.write_quorum:
+        for file, name in pending:
+            entry = file.unsynced.get(name)  # others come and go while this one is stored again
+            if entry is not None and len(entry.puts.keys() | entry.synced) < self._shared.volume.write_quorum:
                 await self._put_again(file, name, entry)
 
     async def _ask(self, number: ServerNumber, blocks: Pending) -> None:
