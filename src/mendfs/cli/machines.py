@@ -93,13 +93,16 @@ def _secret(secret_file: str, folder: str) -> str:
 
 
 def _run_here(role: Any) -> None:
-    from mendfs.cluster import child
+    import uvloop
+
+    from mendfs.cluster import child, logs
 
     def say(report: child.Report) -> None:
         if isinstance(report, child.Ready):
             print(f"ready on {report.address}", file=sys.stderr)
 
-    options.run(child.run(role, say))
+    logs.configure()
+    uvloop.run(child.run(role, say))
 
 
 def mount(

@@ -12,11 +12,11 @@ import typer
 
 from mendfs import __version__
 from mendfs.cli import cluster, files, look, machines
+from mendfs.cli.options import DEBUG
 from mendfs.errors import MendfsError
 
 INTERRUPTED = 130
 """What shells report for a command ended by Ctrl-C."""
-DEBUG = "MENDFS_DEBUG"
 
 app = typer.Typer(
     name="mendfs",

@@ -1,6 +1,7 @@
 """Options that many commands share, and how a command finds its cluster and the secret."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
@@ -11,6 +12,7 @@ import typer
 from mendfs.errors import Unreachable, UsageError
 
 DEFAULT_DIR = "./mendfs-data"
+DEBUG = "MENDFS_DEBUG"
 
 Meta = Annotated[str, typer.Option("--meta", metavar="HOST:PORT", help="Address of the meta server.")]
 Dir = Annotated[str, typer.Option("--dir", metavar="DIR", help="The cluster's folder [default: ./mendfs-data].")]
@@ -69,6 +71,10 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
     """Run a command's coroutine; a cluster that does not answer is said with what to do about it."""
     import uvloop
 
+    from mendfs.cluster import logs
+
+    # A user gets one line, the error; what led to it is for those who ask for it.
+    logs.configure(logging.DEBUG if os.environ.get(DEBUG) else logs.NOTHING)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(work)

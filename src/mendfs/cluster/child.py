@@ -92,13 +92,20 @@ FLUSH_TIMEOUT_S = 30.0
 """How long a mount that is stopped may flush unless said otherwise."""
 
 
-def say(report: Report) -> None:
-    """Report to whoever started this process; nobody may be there any more."""
-    try:
-        os.write(1, msgspec.json.encode(report) + b"\n")
-    except OSError:
-        # The supervisor has died: the process goes on, and the next `up` or `down` stops it.
-        return
+class Reports:
+    """The line to whoever started this process, kept apart from what is printed by mistake."""
+
+    def __init__(self) -> None:
+        self._fd = os.dup(1)
+        os.dup2(2, 1)
+
+    def say(self, report: Report) -> None:
+        """Report; nobody may be there any more."""
+        try:
+            os.write(self._fd, msgspec.json.encode(report) + b"\n")
+        except OSError:
+            # The supervisor has died: the process goes on, and the next `up` or `down` stops it.
+            return
 
 
 def stop_asked() -> asyncio.Event:
@@ -167,19 +174,25 @@ def quicken() -> None:
 
 def main() -> None:
     """Run the role that standard input says."""
+    reports = Reports()
     quicken()
-    import uvloop  # imported while the supervisor writes pids down
+    # Imported while the supervisor writes pids down.
+    import uvloop
+
+    from mendfs.cluster import logs
 
     raw = sys.stdin.buffer.readline()
     if not raw:
         return
     role = msgspec.json.decode(raw, type=Role)
+    logs.configure()
     # What is imported by now stays for ever: collections need not look at it again.
     gc.freeze()
     try:
-        uvloop.run(run(role, say))
+        uvloop.run(run(role, reports.say))
     except MendfsError as error:
-        say(Failed(str(error), error.exit_code))
+        reports.say(Failed(str(error), error.exit_code))
+        print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -45,6 +45,8 @@ async def run_meta(role: MetaChild, stop: asyncio.Event, say: Say) -> None:
         await first_of(stop.wait(), server.state.failed)
     finally:
         await server.close()
+    if server.state.failed.done():
+        raise server.state.failed.result()
 
 
 async def run_data(role: DataChild, stop: asyncio.Event, say: Say) -> None:
@@ -67,9 +69,11 @@ async def run_data(role: DataChild, stop: asyncio.Event, say: Say) -> None:
     server = await start_data(world, RocksEngine.open, options, secret)
     say(Ready(server.address))
     try:
-        await stop.wait()
+        await first_of(stop.wait(), server.failed)
     finally:
         await server.close()
+    if server.failed.done():
+        raise server.failed.result()
 
 
 async def run_mount(role: MountChild, stop: asyncio.Event, say: Say) -> None:
