@@ -11,7 +11,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -117,14 +117,15 @@ def stop_asked() -> asyncio.Event:
     return stop
 
 
-async def first_of(*waits: Awaitable[object]) -> None:
-    """Wait until one of these is over; its error is raised."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
+async def first_of(*waits: "Coroutine[Any, Any, object] | asyncio.Future[Any]") -> None:
+    """Wait until one of these is over; its error is raised. Futures that were handed in stay as they are."""
+    tasks = [wait if isinstance(wait, asyncio.Future) else asyncio.create_task(wait) for wait in waits]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
-            task.cancel()
+            if task not in waits:
+                task.cancel()
     for task in done:
         task.result()
 
