@@ -36,7 +36,6 @@ def tree(tmp_path: Path) -> Path:
     (made / "link").symlink_to("asyncio/base_events.py")
     (made / "dangling").symlink_to("nowhere")
     os.link(made / "asyncio" / "events.py", made / "hard link")
-    os.mkfifo(made / "fifo")
     (made / "empty").touch()
     (made / "ünïcode \n name").write_text("x")
     (made / "read only").write_text("x")
@@ -65,6 +64,7 @@ def test_a_tree_copied_in_is_the_same_after_a_restart_and_after_everything_was_k
     expected = digests(tree)
     run("diff", "-r", "--no-dereference", tree, copy)
     assert digests(copy) == expected
+    os.mkfifo(cluster.mnt / "fifo")
 
     cluster.down()
     assert not cluster.is_mounted()
@@ -78,6 +78,7 @@ def test_a_tree_copied_in_is_the_same_after_a_restart_and_after_everything_was_k
     assert digests(copy) == expected
     assert (copy / "hard link").stat().st_ino == (copy / "asyncio" / "events.py").stat().st_ino
     assert os.readlink(copy / "dangling") == "nowhere"
+    assert (cluster.mnt / "fifo").is_fifo()
 
 
 def test_a_file_written_with_dd_reads_back_equal_from_a_second_mount(cluster: RealCluster, tmp_path: Path) -> None:

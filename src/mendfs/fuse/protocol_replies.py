@@ -3,6 +3,7 @@
 An answer is a 16-byte header (`answer_header`, `failure`) and a body, which these functions make.
 """
 
+import stat
 from collections.abc import Iterable
 from struct import Struct
 
@@ -114,9 +115,17 @@ def _timeout(seconds: float) -> tuple[int, int]:
 class Replies:
     """Answers about inodes: how long they hold, and the preferred size of reads and writes, are the mount's."""
 
-    def __init__(self, *, block_size: int, entry_timeout_s: float = 0, attribute_timeout_s: float = 0) -> None:
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        entry_timeout_s: float = 0,
+        attribute_timeout_s: float = 0,
+        walk_timeout_s: float = 0,
+    ) -> None:
         self._entry_valid_s, self._entry_valid_ns = _timeout(entry_timeout_s)
-        self._valid_s, self._valid_ns = _timeout(attribute_timeout_s)
+        self._valid = _timeout(attribute_timeout_s)
+        self._walked_valid = _timeout(max(attribute_timeout_s, walk_timeout_s))
         self._io_bytes = preferred_io_bytes(block_size)
 
     def _raw(self, attributes: Attributes) -> bytes:
@@ -144,17 +153,20 @@ class Replies:
 
     def attributes(self, attributes: Attributes) -> bytes:
         """The answer to GETATTR and SETATTR."""
-        return _ATTRIBUTES_VALID.pack(self._valid_s, self._valid_ns, 0) + self._raw(attributes)
+        # The root has no name to look up, so a walk learns about directories in this way too.
+        valid_s, valid_ns = self._walked_valid if stat.S_ISDIR(attributes.mode) else self._valid
+        return _ATTRIBUTES_VALID.pack(valid_s, valid_ns, 0) + self._raw(attributes)
 
     def entry(self, attributes: Attributes) -> bytes:
         """The answer to LOOKUP and to everything that makes a name."""
+        valid_s, valid_ns = self._walked_valid
         return _ENTRY.pack(
             attributes.inode,
             attributes.generation,
             self._entry_valid_s,
-            self._valid_s,
+            valid_s,
             self._entry_valid_ns,
-            self._valid_ns,
+            valid_ns,
         ) + self._raw(attributes)
 
     def directory_entry_plus(self, entry: bytes, attributes: Attributes | None) -> bytes:
