@@ -105,26 +105,15 @@ def test_bodies_are_read_as_the_kernel_writes_them(parse: Parse, body: bytes, ex
     assert parse(body) == expected
 
 
+SETATTR_FIELDS = (
+    *("valid", "padding", "handle", "size", "owner", "atime", "mtime", "ctime"),
+    *("atimensec", "mtimensec", "ctimensec", "mode", "unused4", "uid", "gid", "unused5"),
+)
+
+
 def set_attributes(valid: int, **fields: int) -> bytes:
-    names = [
-        "valid",
-        "pad",
-        "fh",
-        "size",
-        "owner",
-        "atime",
-        "mtime",
-        "ctime",
-        "atimensec",
-        "mtimensec",
-        "ctimensec",
-        "mode",
-        "unused",
-        "uid",
-        "gid",
-        "unused5",
-    ]
-    return struct.pack("=IIQQQqqqIIIIIIII", *[({"valid": valid} | fields).get(name, 0) for name in names])
+    values = {"valid": valid} | fields
+    return struct.pack("=IIQQQqqqIIIIIIII", *[values.get(name, 0) for name in SETATTR_FIELDS])
 
 
 def test_setattr_reads_only_what_counts() -> None:
