@@ -147,7 +147,7 @@ class Requests:
                 MendfsError.code, f"{type(message).__name__}: {type(error).__name__}: {error}"[:200], errno.EIO
             )
         self._end(key, request, is_clean=is_clean)
-        if key > 0 and result is not None:
+        if key >= 0 and result is not None:
             self._answer(key, result)
 
     def _stop(self, key: int, request: Request) -> None:
