@@ -59,6 +59,7 @@ class AppendLog:
 
     async def reserve(self, length: int) -> tuple[Segment, int]:
         """A place for a record of `length` bytes. Raises StoreFull, StoreFailed."""
+        assert SEGMENT_HEADER_BYTES + length <= self._segment_bytes, "a segment holds the longest block of its volume"
         self._watch.reserve(length)
         while True:
             active = self.active

@@ -150,7 +150,7 @@ class Store:
         entry = Entry(segment.number, offset, header.length, header.inode, header.slot, 0, header.root)
         await self._guarded(self._index.add(name, entry, old))
         segment.written(offset, header.total_bytes, name)
-        self.watch.relieve("disk")
+        self.watch.written()
         self.watch.count_in(header.total_bytes)
         self.watch.writes += 1
         self.highest_generation = max(self.highest_generation, generation_of(header.block))

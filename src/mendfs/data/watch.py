@@ -92,9 +92,11 @@ class Watch:
         if self._troubles.pop(topic, None) is not None:
             log.info("store trouble over", topic=topic)
 
-    def has_trouble(self, topic: str) -> bool:
-        """Whether it is not over yet."""
-        return topic in self._troubles
+    def written(self) -> None:
+        """A write went well: what earlier ones complained of is over."""
+        if self._troubles:
+            self.relieve("disk")
+            self.relieve("full")
 
     def disk_error(self, what: str, error: OSError) -> ReplicaError:
         """The error that a writer is told, noted in health too."""
