@@ -23,6 +23,7 @@ from mendfs.world import World, real_world
 REFRESH_S = 1.0
 STATUS_TIMEOUT_S = 3.0
 NOTICES_SHOWN = 8
+HEADS_SHOWN = {"server", "state", "address", "pid", "blocks", "used", "reads", "writes"}
 COLOURS = {"up": "green", "down": "red", "whole": "green", "at-risk": "red"}
 
 
@@ -70,10 +71,12 @@ def _view(status: Mapping[str, Any] | str, mount: str, notices: deque[str]) -> G
 
 def _servers(status: Mapping[str, Any]) -> Table:
     shown = Table(box=None, pad_edge=False)
-    for head in SERVER_HEADS:
-        shown.add_column(head, justify="left" if head in ("state", "address") else "right")
+    # All of `mendfs status` is wider than the 80 columns that a terminal may have.
+    places = [at for at, head in enumerate(SERVER_HEADS) if head in HEADS_SHOWN]
+    for at in places:
+        shown.add_column(SERVER_HEADS[at], justify="left" if SERVER_HEADS[at] in ("state", "address") else "right")
     for row in server_rows(status["servers"]):
-        shown.add_row(*(Text(str(cell), style=COLOURS.get(str(cell), "")) for cell in row))
+        shown.add_row(*(Text(str(row[at]), style=COLOURS.get(str(row[at]), "")) for at in places))
     return shown
 
 
