@@ -48,7 +48,8 @@ def check_parameters(*, layout: Layout, servers: int, replicas: int, partitions:
         raise UsageError(f"{replicas} replicas need at least {replicas} servers; there are {servers}")
     if partitions % servers:
         raise UsageError(
-            f"{partitions} partitions are not a multiple of {servers} servers; use --partitions {default_partitions(servers)}"
+            f"{partitions} partitions are not a multiple of {servers} servers; "
+            f"use --partitions {default_partitions(servers)}"
         )
     if layout == "pairs" and (replicas != 2 or servers % 2):
         raise UsageError("layout pairs mirrors servers two by two: it needs --replicas 2 and an even number of servers")

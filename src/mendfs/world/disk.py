@@ -1,4 +1,6 @@
-"""The disk as stores see it: files with explicit syncs, and a few threads for what may wait. `world.local_disk` is real.
+"""The disk as stores see it: files with explicit syncs, and a few threads for what may wait.
+
+`world.local_disk` is the real one.
 
 Methods of `File` and `Disk` block; `Disk.run` is how an event loop calls those that may take long. They raise OSError
 as the system does: the caller turns it into an error that says what it means.

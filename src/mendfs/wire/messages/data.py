@@ -165,7 +165,10 @@ class HealthReport(msgspec.Struct, frozen=True, tag="health_report", forbid_unkn
 
 
 class RegisterServer(msgspec.Struct, frozen=True, tag="register_server", forbid_unknown_fields=True):
-    """Data server -> meta server, first on each connection, which the meta server then calls it over. Answer: `Registered`."""
+    """Data server -> meta server, first on each connection. Answer: `Registered`.
+
+    The meta server calls it over this connection from then on.
+    """
 
     id: str
     address: str

@@ -209,7 +209,7 @@ class Removed(msgspec.Struct, frozen=True, tag="removed", forbid_unknown_fields=
 
 
 class Rename(msgspec.Struct, frozen=True, tag="rename", forbid_unknown_fields=True):
-    """As renameat2: `flags` 0, RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2). Answer: `Removed` with what was replaced."""
+    """As renameat2: `flags` 0, RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2). Answer: `Removed`: what was replaced."""
 
     at: RequestId
     parent: Inode
@@ -285,7 +285,7 @@ class Commit(msgspec.Struct, frozen=True, tag="commit", forbid_unknown_fields=Tr
     """The file is at least this long afterwards."""
     now_ns: int
     append_at: int | None = None
-    """Not None: an append, prepared for this file size. Its extents move to the file's end if they stay in their slot."""
+    """Not None: an append, prepared for this file size; its extents move to the end if they stay in their slot."""
     append_length: int = 0
 
 

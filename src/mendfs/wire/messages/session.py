@@ -40,7 +40,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome", forbid_unknown_fields=
 
 
 class Proof(msgspec.Struct, frozen=True, tag="proof", forbid_unknown_fields=True):
-    """The connecting side's proof, with the label "client". Answer: `Done`, or the connection closes with a `Failure`."""
+    """The connecting side's proof, with the label "client". Answer: `Done`, or a `Failure` and the end."""
 
     proof: bytes
 
@@ -147,7 +147,7 @@ class TableChanged(msgspec.Struct, frozen=True, tag="table_changed", forbid_unkn
 
 
 class ReportReplica(msgspec.Struct, frozen=True, tag="report_replica", forbid_unknown_fields=True):
-    """Client -> meta server, pushed: a replica did not serve. Only makes the server verify; it is believed no further."""
+    """Client -> meta server, pushed: a replica did not serve. It only makes the server verify."""
 
     server: ServerNumber
     block: BlockId
