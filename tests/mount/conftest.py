@@ -19,11 +19,10 @@ import uvloop
 from mendfs.fuse import device
 from mendfs.fuse.server import Mount, MountOptions, serve_mount
 from tests.mount.fake_volume import FakeVolume
+from tests.real_cluster import RealCluster
 
 Result = TypeVar("Result")
 WAIT_S = 30.0
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 
 class LoopThread:
@@ -44,14 +43,11 @@ class LoopThread:
         self.loop.close()
 
 
-class Mounted:
-    """A fake volume, mounted."""
+class Tree:
+    """An empty directory of a mounted volume."""
 
-    def __init__(self, path: Path, volume: FakeVolume, thread: LoopThread, mount: Mount) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.volume = volume
-        self.thread = thread
-        self.mount = mount
 
     def script(self, body: str, *, user: int | None = None) -> subprocess.CompletedProcess[str]:
         """Run a Python script with `root` naming the mount, perhaps as another user."""
@@ -72,12 +68,24 @@ class Mounted:
         return result.stdout
 
 
+class Mounted(Tree):
+    """A fake volume, mounted."""
+
+    def __init__(self, path: Path, volume: FakeVolume, thread: LoopThread, mount: Mount) -> None:
+        super().__init__(path)
+        self.volume = volume
+        self.thread = thread
+        self.mount = mount
+
+
 Mounting = Callable[..., Mounted]
 
 
 @pytest.fixture
 def mounting() -> Iterator[Mounting]:
     """Mount fake volumes with other options than the defaults."""
+    if os.geteuid() != 0 or not os.path.exists(device.DEVICE):
+        pytest.skip("mounting needs root and /dev/fuse")
     thread = LoopThread()
     mounted: list[Mounted] = []
 
@@ -102,3 +110,26 @@ def mounting() -> Iterator[Mounting]:
 def fake(mounting: Mounting) -> Mounted:
     """A fake volume mounted with the default options."""
     return mounting()
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
+    """A cluster that many tests use, each in a directory of its own."""
+    cluster = RealCluster(tmp_path_factory.mktemp("real"))
+    try:
+        cluster.up()
+        for folder in (cluster.path, *cluster.path.parents[:2]):
+            folder.chmod(0o755)  # other users must reach the mount
+        yield cluster
+    finally:
+        cluster.clean_up()
+
+
+@pytest.fixture(params=["memory", "cluster"])
+def tree(request: pytest.FixtureRequest) -> Tree:
+    """An empty directory on a fake volume and on a real one."""
+    if request.param == "memory":
+        return Tree(request.getfixturevalue("fake").path)
+    path = request.getfixturevalue("real").mnt / request.node.originalname
+    path.mkdir()
+    return Tree(path)

@@ -16,6 +16,9 @@ from mendfs.fuse.device import MountFlags
 from mendfs.fuse.server import MountOptions, serve_mount
 from tests.mount.conftest import LoopThread, Mounted, Mounting
 from tests.mount.fake_volume import FakeVolume
+from tests.real_cluster import needs_mounts
+
+pytestmark = needs_mounts
 
 SERVE = """
 import asyncio, sys

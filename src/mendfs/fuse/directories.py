@@ -74,9 +74,10 @@ class OpenDirectory:
         self.is_complete = False
         """Nothing follows the window."""
 
-    def rewind(self) -> None:
-        """Begin with the first name, as it is now."""
-        self.positions.clear()
+    def rewind(self, *, forget: bool) -> None:
+        """Begin with the first name, as it is now; `forget` what earlier positions meant."""
+        if forget:
+            self.positions.clear()
         self._open_window(0)
 
     def go_to(self, number: int) -> None:
@@ -176,7 +177,9 @@ class Directories:
                 # Attributes fetched before this request could undo a size that the kernel learnt since.
                 directory.window = [msgspec.structs.replace(each, attributes=None) for each in directory.window]
             if request.offset < DOTS:
-                directory.rewind()
+                # rewinddir(3) makes positions meaningless; without forgetting them, a program that lists a directory
+                # again and again through one descriptor would fill our memory.
+                directory.rewind(forget=request.offset == 0)
                 await self._fetch(directory, answer)
                 self._append_dots(directory, answer, request.offset)
             else:

@@ -120,13 +120,15 @@ class Mount:
     async def unmount(self, timeout_s: float = 30.0) -> tuple[str, ...]:
         """Take the mount away, flush, close the volume. Returns a line for each thing that was not flushed in time."""
         deadline = self._loop.time() + timeout_s
-        if not self._channel.ended.is_set():
-            await asyncio.to_thread(self._take_away)
+        taking_away = asyncio.ensure_future(asyncio.to_thread(self._take_away))
+        await asyncio.wait({taking_away}, timeout=timeout_s)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=max(deadline - self._loop.time(), 0))
         troubles = [f"{len(self._tasks)} requests were not answered in {timeout_s:g} s"] if self._tasks else []
         await self._cancel_tasks()
         await self._channel.close()
+        # Closing the device ended whatever the kernel still waited for.
+        await taking_away
         await self._files.release_all()
         troubles += await self._volume.close(max(deadline - self._loop.time(), 1.0))
         return tuple(troubles)
@@ -147,6 +149,8 @@ class Mount:
 
     def _take_away(self) -> None:
         """Blocks: the kernel writes back what mappings have changed, and we answer it meanwhile."""
+        if self._channel.ended.is_set():
+            return
         try:
             device.unmount(self.mountpoint)
         except OperationError as error:
