@@ -51,8 +51,8 @@ class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How long the kernel may believe a name without asking. 0 until leases exist: other mounts change names too."""
     attribute_timeout_s: float = 0
     """How long it may believe attributes. 0: measured, 1 s already breaks close-to-open."""
-    walk_timeout_s: float = 0
-    """How long it may believe those of directories, and those that came with the lookup of a name. 0.02 spares more
+    walk_timeout_s: float = 0.02
+    """How long it may believe those of directories, and those that came with the lookup of a name. This spares more
     than half of all requests (a stat takes one instead of three, an open two instead of four), for the kernel asks
     again for what it has just looked up. Names are still looked up each time, so an open by name sees the size as it
     is; a descriptor may see a size that is this old, if its file was looked up here less than this ago."""
