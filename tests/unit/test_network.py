@@ -30,7 +30,8 @@ def test_addresses_are_read_and_written_alike(address: str, where: tuple[str, in
 
 
 @pytest.mark.parametrize(
-    "address", ["", "7001", ":7001", "host", "host:", "host:x", "host:65536", "host:-1", "::1:7001", "run/0", "h:\u0667"]
+    "address",
+    ["", "7001", ":7001", "host", "host:", "host:x", "host:65536", "host:-1", "::1:7001", "run/0", "h:\u0667"],
 )
 def test_what_is_no_address_is_refused_with_what_would_be(address: str) -> None:
     with pytest.raises(UsageError, match="HOST:PORT"):
