@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from mendfs.cluster.backoff import DELAY_MAX_S, STEADY_S, Backoff
+from mendfs.cluster.backoff import DELAY_MAX_S, READY_DELAY_MAX_S, STEADY_S, Backoff
 from mendfs.cluster.child import DataChild, Failed, MetaChild, Ready, Report
 from mendfs.cluster.folder import ClusterFolder, ClusterRecord
 from mendfs.cluster.parameters import VolumeWishes, new_volume
@@ -192,8 +192,9 @@ def test_the_reason_why_a_child_cannot_start_is_told_and_nothing_stays(
 
 def test_a_process_that_keeps_ending_is_started_less_and_less_often() -> None:
     backoff = Backoff()
-    delays = [backoff.delay_s(0.1) for _ in range(12)]
+    delays = [backoff.delay_s(0.1, was_ready=False) for _ in range(12)]
     assert delays[0] == 0
     assert delays == sorted(delays)
     assert delays[-1] == DELAY_MAX_S
-    assert backoff.delay_s(STEADY_S) == 0
+    assert backoff.delay_s(0.1, was_ready=True) == READY_DELAY_MAX_S
+    assert backoff.delay_s(STEADY_S, was_ready=True) == 0

@@ -137,11 +137,11 @@ class Supervisor:
         while True:
             assert kept.child is not None, "start() spawned it"
             status = await kept.child.exited()
-            kept.is_up = False
+            was_ready, kept.is_up = kept.is_up, False
             self.notice(
                 f"{kept.name} (process {kept.child.identity.pid}) ended with {_ending(status)}: starting it again"
             )
-            await asyncio.sleep(kept.backoff.delay_s(loop.time() - kept.since_s))
+            await asyncio.sleep(kept.backoff.delay_s(loop.time() - kept.since_s, was_ready=was_ready))
             try:
                 await self._start_again(kept)
             except MendfsError as error:
