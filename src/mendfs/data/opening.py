@@ -78,4 +78,6 @@ async def open_store(
     appending.active = recovered.active
     syncing = Syncing(appending, index, watch, world.rng, checkpoint=recovered.checkpoint)
     highest = max(generation, fence.generation)
-    return Store(volume, index, watch, segments, appending, syncing, highest)
+    store = Store(volume, index, watch, segments, appending, syncing, highest)
+    store.recovered_without_index = not recovered.report.index_was_whole
+    return store

@@ -13,13 +13,13 @@ import structlog
 
 from mendfs.data import schema
 from mendfs.data.index import Index, Journalled, Name
-from mendfs.data.record import SEGMENT_HEADER_BYTES, SegmentHeader, align
+from mendfs.data.record import SEGMENT_HEADER_BYTES, SegmentHeader, align, encode_segment
 from mendfs.data.scanning import Found, Scan, scan
-from mendfs.data.schema import Entry, Place
+from mendfs.data.schema import Entry, Fence, Place
 from mendfs.data.segment import Segment, Segments
 from mendfs.data.watch import Watch
 from mendfs.errors import StoreDamaged
-from mendfs.model import Volume
+from mendfs.model import CommitSequence, Generation, Volume, generation_of
 from mendfs.world.disk import File
 
 log = structlog.get_logger("data")
@@ -88,6 +88,7 @@ class Recovery:
         end = Place(active.number, active.position) if active else Place(last + 1, SEGMENT_HEADER_BYTES)
         await self._index.set_checkpoint(begin, end)
         if mark is None:
+            await self._raise_fence(scans)
             await self._index.set_mark(self._server, bytes.fromhex(self._volume.id))
         log.info("store opened", **msgspec.structs.asdict(self._report))
         return Recovered(active, last, end, self._report)
@@ -127,15 +128,26 @@ class Recovery:
 
     async def _open_damaged(self, number: int, known: tuple[bytes, bool] | None, error: StoreDamaged) -> Segment | None:
         if known is None:
-            # Made just before a crash, or an index was lost together with this header: without its random id no
-            # record in it can be told from garbage.
+            # With a whole index: made just before a power cut, and nothing in it was ever synced. Without one, no record
+            # in it can be told from garbage, for the random id is lost.
             log.error("segment left alone", segment=number, error=str(error))
-            self._watch.trouble(f"segment {number}", f"{error}; its records cannot be found again")
+            if not self._report.index_was_whole:
+                self._watch.trouble(f"segment {number}", f"{error}; its records cannot be found again")
             return None
-        log.error("segment header damaged, read by the index", segment=number, error=str(error))
-        self._watch.trouble(f"segment {number}", f"{error}; its blocks are read with the help of the index")
+        # A power cut can also tear the header of a segment whose first sync never came: it must be right before more
+        # is appended.
+        log.error("segment header damaged, written again from the index", segment=number, error=str(error))
         file: File = await self._watch.run(self._segments.open_damaged, number)
-        header = SegmentHeader(number, known[0], bytes(16), self._server, self._volume.checksum, self._volume.page_size)
+        header = SegmentHeader(
+            number,
+            known[0],
+            bytes.fromhex(self._volume.id),
+            self._server,
+            self._volume.checksum,
+            self._volume.page_size,
+        )
+        await self._watch.run(file.write, (encode_segment(header),), 0)
+        await self._watch.run(file.datasync)
         return Segment(header, file, max(SEGMENT_HEADER_BYTES, align(await self._watch.run(file.size))))
 
     async def _forget(self, number: int) -> None:
@@ -214,6 +226,13 @@ class Recovery:
         entry = Entry(*place, header.length, header.inode, header.slot, flags, header.root)
         await self._index.add(name, entry, old, is_synced=True)
         self._report.added += 1
+
+    async def _raise_fence(self, scans: Sequence[tuple[Segment, Scan]]) -> None:
+        """The fence was lost with the index: orders of generations before those of the blocks are still refused."""
+        seen = (generation_of(record.header.block) for _, found in scans for record in found.records)
+        fence = Fence(max(seen, default=Generation(0)), CommitSequence(0))
+        if fence > await self._index.fence():
+            await self._index.set_fence(fence)
 
     async def _choose_active(self, opened: Sequence[_Opened]) -> tuple[Segment | None, int]:
         """The segment to go on with, if the last one has room, and the highest number that is taken."""

@@ -52,6 +52,8 @@ class Store:
         self.watch = watch
         self.highest_generation = highest_generation
         """Of all ids ever stored here and orders obeyed."""
+        self.recovered_without_index = False
+        """It was scanned whole: then torn records cannot be told from rotten ones, and deleted ones may be back."""
         self.failed: asyncio.Future[MendfsError] = asyncio.get_running_loop().create_future()
         """Done when the index failed: the process must end, and its next start finds out what is there."""
         self._index = index
