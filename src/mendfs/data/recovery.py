@@ -128,8 +128,8 @@ class Recovery:
 
     async def _open_damaged(self, number: int, known: tuple[bytes, bool] | None, error: StoreDamaged) -> Segment | None:
         if known is None:
-            # With a whole index: made just before a power cut, and nothing in it was ever synced. Without one, no record
-            # in it can be told from garbage, for the random id is lost.
+            # With a whole index: made just before a power cut, and nothing in it was ever synced. Without one, no
+            # record in it can be told from garbage, for the random id is lost.
             log.error("segment left alone", segment=number, error=str(error))
             if not self._report.index_was_whole:
                 self._watch.trouble(f"segment {number}", f"{error}; its records cannot be found again")
