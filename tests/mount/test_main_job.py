@@ -140,6 +140,16 @@ def test_a_killed_mount_comes_back_by_itself(cluster: RealCluster) -> None:
     assert (cluster.mnt / "file").read_text() == "before"
 
 
+def test_an_unmounted_mount_stays_unmounted_while_the_servers_go_on(cluster: RealCluster) -> None:
+    cluster.up()
+    (cluster.mnt / "file").write_text("before")
+    cluster.mendfs("umount", cluster.mnt)
+    until(lambda: not cluster.record().mount, within_s=10)
+    assert not cluster.is_mounted()
+    assert cluster.mendfs("cat", "/file") == "before"
+    assert set(cluster.server_states()) == {"up"}
+
+
 def test_a_killed_supervisor_leaves_nothing_that_the_next_up_stumbles_over(cluster: RealCluster) -> None:
     cluster.up()
     (cluster.mnt / "file").write_text("before")

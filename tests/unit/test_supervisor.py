@@ -1,6 +1,7 @@
 """The supervisor over processes that a test lets end as it likes."""
 
 import asyncio
+import errno
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,3 +199,20 @@ def test_a_process_that_keeps_ending_is_started_less_and_less_often() -> None:
     assert delays[-1] == DELAY_MAX_S
     assert backoff.delay_s(0.1, was_ready=True) == READY_DELAY_MAX_S
     assert backoff.delay_s(STEADY_S, was_ready=True) == 0
+
+
+def test_a_full_disk_keeps_nothing_from_being_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        processes = FakeProcesses()
+        supervisor = make(processes, tmp_path, [])
+        await supervisor.start()
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(LocalDisk, "replace_file", refuse)
+        lines = await supervisor.stop()
+        assert all(child.status.done() for child in processes.started)
+        assert any("No space left" in line for line in lines)
+
+    asyncio.run(main())

@@ -1,6 +1,7 @@
 """Running a cluster from a terminal: detached, or here with a live status until Ctrl-C."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -98,4 +99,6 @@ async def _watch(cluster: RunningCluster, stop: asyncio.Event) -> None:
 
 
 def _print_line(text: str) -> None:
-    print(text, flush=True)
+    # The terminal may be gone (SIGHUP): what follows, stopping in order, matters more than this line.
+    with contextlib.suppress(OSError):
+        print(text, flush=True)

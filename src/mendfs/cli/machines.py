@@ -96,12 +96,14 @@ def _run_here(role: Any) -> None:
     import uvloop
 
     from mendfs.cluster import child, logs
+    from mendfs.world.processes import raise_file_limit
 
     def say(report: child.Report) -> None:
         if isinstance(report, child.Ready):
             print(f"ready on {report.address}", file=sys.stderr)
 
     logs.configure()
+    raise_file_limit()
     uvloop.run(child.run(role, say))
 
 

@@ -181,12 +181,14 @@ def main() -> None:
     import uvloop
 
     from mendfs.cluster import logs
+    from mendfs.world.processes import raise_file_limit
 
     raw = sys.stdin.buffer.readline()
     if not raw:
         return
     role = msgspec.json.decode(raw, type=Role)
     logs.configure()
+    raise_file_limit()
     # What is imported by now stays for ever: collections need not look at it again.
     gc.freeze()
     try:

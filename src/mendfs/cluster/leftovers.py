@@ -31,8 +31,12 @@ async def stop_processes(
 ) -> tuple[str, ...]:
     """Stop these in order: mount, meta server, data servers. Returns a line for each thing that was not flushed."""
     lines: list[str] = []
-    folder.forget("unflushed.json")
-    folder.write_stop(StopWish(timeout_s))
+    try:
+        folder.forget("unflushed.json")
+        folder.write_stop(StopWish(timeout_s))
+    except OSError as error:
+        # A full disk must not keep anything running: the mount uses its own timeout then.
+        lines.append(f"cannot write to {folder.path} ({error.strerror})")
     for turn in range(3):
         group = [child for child in children if _turn(child.name) == turn]
         limit_s = timeout_s + MOUNT_GRACE_S if turn == 0 else SERVER_TIMEOUT_S

@@ -39,7 +39,6 @@ class Kept:
         self.address = address
         self.child: Child | None = None
         self.is_up = False
-        self.starts = 0
         self.since_s = 0.0
         self.backoff = Backoff()
 
@@ -92,16 +91,19 @@ class Supervisor:
         lines = await stop_processes(self._processes, self._folder, self._record.children, timeout_s=timeout_s)
         if self._record.mount:
             await clean_dead_mount(self._world.disk, self._record.mount)
-        self._folder.write_stopped(lines)
         self._record = msgspec.structs.replace(self._record, supervisor=None, children=(), mount="")
-        self._folder.write(self._record)
+        try:
+            self._folder.write_stopped(lines)
+            self._folder.write(self._record)
+        except OSError as error:
+            # What is written down is out of date now, which `up` and `down` notice: those processes do not run.
+            lines += (f"cannot write down in {self._folder.path} that all is stopped ({error.strerror})",)
         return lines
 
     async def _spawn(self, kept: Kept) -> None:
         arguments = [sys.executable, "-m", "mendfs.cluster.child", kept.name, self._folder.path]
-        kept.child = await self._processes.start(arguments, log_path=self._folder.log_path(kept.name))
-        kept.starts += 1
         kept.since_s = asyncio.get_running_loop().time()
+        kept.child = await self._processes.start(arguments, log_path=self._folder.log_path(kept.name))
 
     def _send_options(self, kept: Kept) -> None:
         assert kept.child is not None, "it was spawned"
@@ -138,18 +140,29 @@ class Supervisor:
             assert kept.child is not None, "start() spawned it"
             status = await kept.child.exited()
             was_ready, kept.is_up = kept.is_up, False
+            if status == 0 and isinstance(kept.role, MountChild):
+                self._forget_mount(kept)
+                return
             self.notice(
                 f"{kept.name} (process {kept.child.identity.pid}) ended with {_ending(status)}: starting it again"
             )
             await asyncio.sleep(kept.backoff.delay_s(loop.time() - kept.since_s, was_ready=was_ready))
             try:
                 await self._start_again(kept)
-            except MendfsError as error:
+            except (MendfsError, OSError) as error:
+                # OSError: no room to write the new pid down, no memory for a process. Both may pass.
                 self.notice(f"{kept.name} could not be started: {error}")
                 # It has ended or is about to; one that hangs before it is ready is of no use to anybody.
                 kept.child.signal(signal.SIGKILL)
                 continue
             self.notice(f"{kept.name} is up again (process {kept.child.identity.pid})")
+
+    def _forget_mount(self, kept: Kept) -> None:
+        """Somebody has unmounted it on purpose: it ended in order. The next `up` may mount it again."""
+        self.notice(f"{self._record.mount} was unmounted: the servers go on")
+        self.kept.remove(kept)
+        self._record = msgspec.structs.replace(self._record, mount="")
+        self._write_down()
 
     async def _start_again(self, kept: Kept) -> None:
         if isinstance(kept.role, MountChild):

@@ -6,6 +6,7 @@ signals go through a pidfd that is opened before the identity is checked, so wha
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
@@ -218,3 +219,12 @@ async def _reader(process: subprocess.Popen[bytes]) -> asyncio.StreamReader:
     assert process.stdout is not None, "it was started with a pipe"
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader, loop=loop), process.stdout)
     return reader
+
+
+def raise_file_limit() -> None:
+    """Allow this process as many descriptors as it may have.
+
+    The default of 1024 is for programs that use select(2); a store of 1 TiB has 4096 segments.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
