@@ -6,6 +6,7 @@ page is bad everywhere.
 """
 
 import asyncio
+import inspect
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import ClassVar
@@ -16,10 +17,10 @@ from mendfs.blocks import bad_pages, check_root
 from mendfs.errors import AllReplicasFailed, BlockCorrupt, MendfsError, ReplicaError
 from mendfs.model import BlockId, ChecksumKind, Partition
 from mendfs.wire.messages.data import BlockPages, GetBlock
-from mendfs.wire.peer import POOL, Peer
+from mendfs.wire.peer import POOL, Answer, Peer, Pending
 
-Candidate = Callable[[], Awaitable[Peer]]
-"""A replica: gives a connection to its server, or raises a MendfsError that says why not."""
+Candidate = Callable[[], Awaitable[Peer] | Peer]
+"""A replica: gives the connection to its server, at once if there is one, or raises a MendfsError that says why not."""
 
 
 class BlockRef(msgspec.Struct, frozen=True):
@@ -56,20 +57,42 @@ async def fetch_pages(
     `checksums` are those of the block if they are known already and were checked, else None. Raises BlockMissing,
     BlockCorrupt (PagesCorrupt if only some pages are bad) or Unreachable; `into` is then undefined but for good pages.
     """
-    assert len(into) == min((first_page + page_count) * page_size, ref.length) - first_page * page_size > 0
-    request = GetBlock(ref.partition, ref.block, first_page, page_count, checksums is None)
-    answer, received = await peer.call(request, deadline_s=deadline_s, into=into)
+    request = _request(ref, first_page, page_count, into, page_size, checksums)
+    answer = await peer.call(request, deadline_s=deadline_s, into=into)
     where = f"block {ref.block:#x} from {peer.remote_address}"
-    if not isinstance(answer, BlockPages) or answer.length != ref.length:
+    return _verify(answer, ref, where, request, into, page_size, kind, checksums)
+
+
+def _request(
+    ref: BlockRef, first_page: int, page_count: int, into: memoryview, page_size: int, checksums: bytes | None
+) -> GetBlock:
+    assert len(into) == min((first_page + page_count) * page_size, ref.length) - first_page * page_size > 0
+    return GetBlock(ref.partition, ref.block, first_page, page_count, checksums is None)
+
+
+def _verify(
+    answer: Answer,
+    ref: BlockRef,
+    where: str,
+    request: GetBlock,
+    into: memoryview,
+    page_size: int,
+    kind: ChecksumKind,
+    checksums: bytes | None,
+) -> bytes:
+    """The checksums of the block, if the answer is what the request was for and its pages in `into` are good."""
+    message, received = answer
+    if not isinstance(message, BlockPages) or message.length != ref.length:
         raise BlockCorrupt(f"{where}: the answer is of another block or of none")
     if received is None or len(received.view) != len(into):
         raise BlockCorrupt(f"{where}: not the pages that were asked for")
     if checksums is None:
-        check_root(answer.checksums, ref.root, length=ref.length, page_size=page_size, kind=kind)
-        checksums = answer.checksums
-    failed = bad_pages(into, checksums, first_page=first_page, page_size=page_size, kind=kind)
+        check_root(message.checksums, ref.root, length=ref.length, page_size=page_size, kind=kind)
+        checksums = message.checksums
+    failed = bad_pages(into, checksums, first_page=request.first_page, page_size=page_size, kind=kind)
     if failed:
-        error = PagesCorrupt(f"{where}: {len(failed)} of {page_count} pages failed, the first is page {failed[0]}")
+        count = request.page_count
+        error = PagesCorrupt(f"{where}: {len(failed)} of {count} pages failed, the first is page {failed[0]}")
         error.pages, error.checksums = tuple(failed), checksums
         raise error
     return checksums
@@ -78,7 +101,7 @@ async def fetch_pages(
 class _Attempt:
     """One replica being asked: for the pages `first` to `end` (excluded), into memory of its own or the caller's."""
 
-    __slots__ = ("buffer", "checksums", "end", "error", "first", "good", "index", "task", "view")
+    __slots__ = ("buffer", "checksums", "end", "error", "first", "good", "index", "peer", "pending", "task", "view")
 
     def __init__(
         self, index: int, first: int, end: int, view: memoryview, buffer: bytearray | None, checksums: bytes | None
@@ -94,6 +117,10 @@ class _Attempt:
         self.good: frozenset[int] = frozenset()
         self.error: MendfsError | None = None
         self.task: asyncio.Task[None] | None = None
+        self.peer: Awaitable[Peer] | Peer | None = None
+        """What the candidate gave, if it was asked before the task was made."""
+        self.pending: Pending | None = None
+        """The call, if it was begun before the task was made."""
 
 
 class _Fetch:
@@ -150,20 +177,39 @@ class _Fetch:
         self.running.add(attempt)
         return attempt
 
+    async def run_alone(self, attempt: _Attempt, hedge_after_s: float) -> bool:
+        """The first attempt, in the caller's task as long as it is in time; False if it must go on in one of its own.
+
+        Nearly every read ends here: a task, a group and a wait for either would double what it costs.
+        """
+        try:
+            found = attempt.peer = self.candidates[attempt.index]()
+            if not isinstance(found, Peer) or not found.may_start:
+                return False
+            pending = attempt.pending = found.start(self._ask(attempt), deadline_s=self.deadline_s, into=attempt.view)
+        except MendfsError as error:
+            attempt.error = error
+            return True
+        if not self.left or await pending.is_answered_within(hedge_after_s):
+            await self.run(attempt)
+            return True
+        return False
+
     async def run(self, attempt: _Attempt) -> None:
         """Ask the replica; what came of it is written into the attempt."""
         asked = frozenset(range(attempt.first, attempt.end))
         try:
-            self.checksums = await fetch_pages(
-                await self.candidates[attempt.index](),
-                self.ref,
-                first_page=attempt.first,
-                page_count=attempt.end - attempt.first,
-                into=attempt.view,
-                page_size=self.page_size,
-                kind=self.kind,
-                checksums=attempt.checksums,
-                deadline_s=self.deadline_s,
+            peer = attempt.peer if attempt.peer is not None else self.candidates[attempt.index]()
+            if not isinstance(peer, Peer):
+                peer = await peer
+            request = self._ask(attempt)
+            if attempt.pending is not None:
+                answer = await attempt.pending.result()
+            else:
+                answer = await peer.call(request, deadline_s=self.deadline_s, into=attempt.view)
+            where = f"block {self.ref.block:#x} from {peer.remote_address}"
+            self.checksums = _verify(
+                answer, self.ref, where, request, attempt.view, self.page_size, self.kind, attempt.checksums
             )
             attempt.good = asked
         except PagesCorrupt as error:
@@ -171,6 +217,10 @@ class _Fetch:
             attempt.error, attempt.good = error, asked.difference(error.pages)
         except MendfsError as error:
             attempt.error = error
+
+    def _ask(self, attempt: _Attempt) -> GetBlock:
+        count = attempt.end - attempt.first
+        return _request(self.ref, attempt.first, count, attempt.view, self.page_size, attempt.checksums)
 
     def end(self, attempt: _Attempt) -> None:
         """Take what an ended attempt gave."""
@@ -198,6 +248,11 @@ class _Fetch:
 
     def release(self) -> None:
         """Give the buffers back. Calls that ended, however they did, write nothing any more."""
+        for attempt in self.running:
+            if attempt.pending is not None:
+                attempt.pending.cancel()
+            if inspect.iscoroutine(attempt.peer):
+                attempt.peer.close()
         for attempt in [*self.beside, *self.running]:
             if attempt.buffer is not None:
                 POOL.give(attempt.buffer)
@@ -235,8 +290,17 @@ async def fetch_any(
         deadline_s=deadline_s,
     )
     try:
-        async with asyncio.TaskGroup() as group:
-            errors = await _race(fetch, group, hedge_after_s, report)
+        errors: list[str] = []
+        late: _Attempt | None = None
+        if fetch.left:
+            first = fetch.begin()
+            if await fetch.run_alone(first, hedge_after_s):
+                _take(fetch, first, errors, report)
+            else:
+                late = first
+        if fetch.missing() and (late is not None or fetch.left):
+            async with asyncio.TaskGroup() as group:
+                await _race(fetch, group, late, hedge_after_s, errors, report)
         if fetch.missing():
             reasons = "; ".join(errors) or "there is none"
             raise AllReplicasFailed(f"block {ref.block:#x}: no replica returned good bytes ({reasons})")
@@ -247,32 +311,44 @@ async def fetch_any(
     return fetch.checksums
 
 
+Report = Callable[[int, ReplicaError], None]
+
+
 async def _race(
-    fetch: _Fetch, group: asyncio.TaskGroup, hedge_after_s: float, report: Callable[[int, ReplicaError], None]
-) -> list[str]:
-    """Ask replicas until nothing is missing or nobody is left; returns what went wrong on the way."""
-    errors = []
+    fetch: _Fetch,
+    group: asyncio.TaskGroup,
+    late: _Attempt | None,
+    hedge_after_s: float,
+    errors: list[str],
+    report: Report,
+) -> None:
+    """Ask replicas until nothing is missing or nobody is left; `late` is being asked already."""
+    attempt = late
+    # One that did not even begin to be asked is given its time; one that did has had it.
+    may_add = late is None or late.pending is not None
+    if attempt is not None:
+        attempt.task = group.create_task(fetch.run(attempt))
     while fetch.missing() and (fetch.left or fetch.running):
-        if fetch.left:
+        if fetch.left and may_add:
             attempt = fetch.begin()
             attempt.task = group.create_task(fetch.run(attempt))
-        ended = await _first_ended(fetch.running, hedge_after_s if fetch.left else None)
-        for attempt in ended:
-            fetch.end(attempt)
-            if attempt.error is not None:
-                error = attempt.error
-                errors.append(str(error))
-                report(attempt.index, error if isinstance(error, ReplicaError) else ReplicaError(str(error)))
-            if not attempt.good and attempt.buffer is not None:
-                POOL.give(attempt.buffer)
+        may_add = True
+        tasks = [attempt.task for attempt in fetch.running if attempt.task is not None]
+        timeout_s = hedge_after_s if fetch.left else None
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for attempt in [attempt for attempt in fetch.running if attempt.task is not None and attempt.task.done()]:
+            _take(fetch, attempt, errors, report)
     for attempt in fetch.running:
         if attempt.task is not None:
             attempt.task.cancel()
-    return errors
 
 
-async def _first_ended(running: set[_Attempt], timeout_s: float | None) -> list[_Attempt]:
-    """Those that have ended once one has, or none after `timeout_s`."""
-    tasks = [attempt.task for attempt in running if attempt.task is not None]
-    await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    return [attempt for attempt in running if attempt.task is not None and attempt.task.done()]
+def _take(fetch: _Fetch, attempt: _Attempt, errors: list[str], report: Report) -> None:
+    """An attempt has ended: take what it gave, say what it did not."""
+    fetch.end(attempt)
+    error = attempt.error
+    if error is not None:
+        errors.append(str(error))
+        report(attempt.index, error if isinstance(error, ReplicaError) else ReplicaError(str(error)))
+    if not attempt.good and attempt.buffer is not None:
+        POOL.give(attempt.buffer)

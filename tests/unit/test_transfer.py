@@ -72,17 +72,17 @@ class Replica:
 
 
 @asynccontextmanager
-async def served(*replicas: Replica) -> AsyncIterator[list[Candidate]]:
+async def served(*replicas: Replica, first: int = 1) -> AsyncIterator[list[Candidate]]:
     """Candidates that connect to these replicas."""
     async with asyncio.timeout(20):
         stack = []
         candidates: list[Candidate] = []
         try:
-            for replica in replicas:
+            for number, replica in enumerate(replicas, start=first):
                 server = serving("127.0.0.1:0", replica.handle)
                 peer = connected((await server.__aenter__()).address)
                 stack.append(server.__aexit__)
-                candidates.append(giving(await peer.__aenter__()))
+                candidates.append(giving(await peer.__aenter__(), number))
                 stack.append(peer.__aexit__)
             yield candidates
         finally:
@@ -90,11 +90,19 @@ async def served(*replicas: Replica) -> AsyncIterator[list[Candidate]]:
                 await leave(None, None, None)
 
 
-def giving(peer: Peer) -> Candidate:
+def giving(peer: Peer, number: int) -> Candidate:
+    """Every other one is connected already, those between must be waited for."""
+
     async def give() -> Peer:
+        await asyncio.sleep(0)
         return peer
 
-    return give
+    return (lambda: peer) if number % 2 else give
+
+
+async def peer_of(candidate: Candidate) -> Peer:
+    peer = candidate()
+    return peer if isinstance(peer, Peer) else await peer
 
 
 async def refuse() -> Peer:
@@ -148,7 +156,7 @@ async def fetch_one(replica: Replica, checksums: bytes | None = None) -> bytes:
     async with served(replica) as (candidate,):
         into = bytearray(len(DATA))
         return await fetch_pages(
-            await candidate(),
+            await peer_of(candidate),
             REF,
             first_page=0,
             page_count=PAGES,
@@ -234,11 +242,12 @@ async def test_a_page_bad_everywhere_is_an_error_that_says_what_each_replica_did
         await fetched.run([])
 
 
-async def test_a_late_answer_is_hedged_and_the_loser_cancelled() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_late_answer_is_hedged_and_the_loser_cancelled(first: int) -> None:
     slow, quick = Replica(), Replica()
     slow.may_answer.clear()
     fetched = Fetched()
-    async with served(slow, quick) as candidates:
+    async with served(slow, quick, first=first) as candidates:
         await fetched.run(candidates, hedge_after_s=0.01)
         assert fetched.reports == []
         async with asyncio.timeout(5):
@@ -247,15 +256,16 @@ async def test_a_late_answer_is_hedged_and_the_loser_cancelled() -> None:
         # What the slow one would still send must not land in memory that belongs to the reader again.
         slow.may_answer.set()
         fetched.into[:] = bytes(len(DATA))
-        await (await candidates[0]()).call(GetBlock(Partition(0), BlockId(0), 0, 1), deadline_s=5)
+        await (await peer_of(candidates[0])).call(GetBlock(Partition(0), BlockId(0), 0, 1), deadline_s=5)
         assert fetched.into == bytes(len(DATA))
 
 
-async def test_a_hedge_that_was_no_better_leaves_the_first_its_time() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_hedge_that_was_no_better_leaves_the_first_its_time(first: int) -> None:
     slow, broken = Replica(bad_pages=[8]), Replica(bad_pages=[3, 4])
     slow.may_answer.clear()
     fetched = Fetched()
-    async with served(slow, broken) as candidates:
+    async with served(slow, broken, first=first) as candidates:
         running = asyncio.create_task(fetched.run(candidates, hedge_after_s=0.01))
         async with asyncio.timeout(5):
             while not fetched.reports:
@@ -272,6 +282,24 @@ async def test_an_error_makes_the_next_one_be_asked_at_once() -> None:
     assert fetched.reported == [0]
 
 
+async def test_a_reader_that_is_cancelled_while_it_waits_alone_gets_nothing_more_written() -> None:
+    slow = Replica()
+    slow.may_answer.clear()
+    fetched = Fetched()
+    async with served(slow, Replica()) as candidates:
+        running = asyncio.create_task(fetched.run(candidates))
+        async with asyncio.timeout(5):
+            while not slow.asked:
+                await asyncio.sleep(0.001)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        async with asyncio.timeout(5):
+            while not slow.cancelled:
+                await asyncio.sleep(0.001)
+    assert fetched.into == bytes(len(DATA))
+
+
 async def test_silence_ends_at_the_deadline() -> None:
     silent = Replica()
     silent.may_answer.clear()
@@ -282,12 +310,13 @@ async def test_silence_ends_at_the_deadline() -> None:
     assert isinstance(fetched.reports[0][1], DeadlineExceeded)
 
 
-async def test_buffers_of_the_pool_come_back_also_when_the_reader_is_cancelled() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+async def test_buffers_of_the_pool_come_back_also_when_the_reader_is_cancelled(first: int) -> None:
     slow = [Replica() for _ in range(3)]
     for replica in slow:
         replica.may_answer.clear()
     fetched = Fetched()
-    async with served(*slow) as candidates:
+    async with served(*slow, first=first) as candidates:
         before = POOL.kept_bytes
         running = asyncio.create_task(fetched.run(candidates, hedge_after_s=0))
         async with asyncio.timeout(5):
@@ -306,9 +335,10 @@ async def test_buffers_of_the_pool_come_back_also_when_the_reader_is_cancelled()
     first=st.integers(0, PAGES - 1),
     count=st.integers(1, PAGES),
     hedge_after_s=st.sampled_from([0.0, 5.0]),
+    first_server=st.integers(0, 1),
 )
 def test_a_range_is_read_exactly_if_every_page_is_good_somewhere(
-    rot: list[set[int]], rotten_checksums: set[int], first: int, count: int, hedge_after_s: float
+    rot: list[set[int]], rotten_checksums: set[int], first: int, count: int, hedge_after_s: float, first_server: int
 ) -> None:
     count = min(count, PAGES - first)
     wanted = set(range(first, first + count))
@@ -320,7 +350,7 @@ def test_a_range_is_read_exactly_if_every_page_is_good_somewhere(
             Replica(bad_pages=sorted(pages), checksums=b"x" * len(CHECKSUMS) if i in rotten_checksums else CHECKSUMS)
             for i, pages in enumerate(rot)
         ]
-        async with served(*replicas) as candidates:
+        async with served(*replicas, first=first_server) as candidates:
             try:
                 await Fetched().run(candidates, first=first, count=count, hedge_after_s=hedge_after_s)
                 assert readable

@@ -16,7 +16,7 @@ import structlog
 from mendfs.errors import BadFrame, BadMessage, MendfsError, Unreachable
 from mendfs.model import KiB, MiB
 from mendfs.wire import frame
-from mendfs.wire.calls import Calls
+from mendfs.wire.calls import Answer, Call, Calls
 from mendfs.wire.frame import ANSWER, CANCEL, FAILURE, PUSH, REQUEST, Header
 from mendfs.wire.handshake import Accepting, Connecting
 from mendfs.wire.messages import Message
@@ -45,6 +45,60 @@ _ANSWERS = (ANSWER, FAILURE)
 Handler = Callable[["Peer", Message, Received | None], Awaitable[Result]]
 """Handles a request or a push. A MendfsError it raises is the answer; anything else is our mistake: logged, and
 answered as a plain error. The payload it got is released when it returns, so no answer may refer to it."""
+
+
+class Pending:
+    """A call that was begun."""
+
+    __slots__ = ("_call", "_peer", "_request_id")
+
+    def __init__(self, peer: "Peer", request_id: int, call: Call) -> None:
+        self._peer = peer
+        self._request_id = request_id
+        self._call = call
+
+    async def result(self) -> Answer:
+        """Wait for the answer: see `Peer.call`."""
+        try:
+            answer = await self._call.future
+        except BaseException:
+            self.cancel()
+            raise
+        # The payload is the caller's from here on: a late `cancel` must not take it away.
+        self._call.received = None
+        message = answer[0]
+        if type(message) is Failure:
+            raise error_of(message)
+        return answer
+
+    async def is_answered_within(self, seconds: float) -> bool:
+        """Wait so long for the answer, or for the error that there will be instead; False if none came."""
+        call, loop = self._call, asyncio.get_running_loop()
+        waiter = loop.create_future()
+
+        def wake(_: object = None) -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        timer = loop.call_later(seconds, wake)
+        call.future.add_done_callback(wake)
+        try:
+            await waiter
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            timer.cancel()
+        return call.future.done()
+
+    def cancel(self) -> None:
+        """Nobody waits any more: nothing is written into the caller's memory from now on."""
+        self._peer.give_up(self._request_id, self._call)
+        future = self._call.future
+        if not future.done():
+            future.cancel()
+        elif not future.cancelled():
+            future.exception()  # Seen, lest asyncio report it as an error that nobody looked at.
 
 
 class Peer(FrameReader):
@@ -87,7 +141,7 @@ class Peer(FrameReader):
 
     async def call(
         self, message: Message, payload: Payload = (), *, deadline_s: float, into: memoryview | None = None
-    ) -> tuple[Message, Received | None]:
+    ) -> Answer:
         """Ask the other side; returns its answer and the payload that came with it.
 
         Raises the error it answered with, Unreachable if the connection ended, DeadlineExceeded. With `into`, a payload
@@ -95,29 +149,42 @@ class Peer(FrameReader):
         written to it. `payload` must stay unchanged until the answer. After a deadline or a cancellation an unfinished
         send may still read it, so whoever receives one must check what came, as a put does.
         """
-        deadline = self._loop.time() + deadline_s
         if self._calls.is_full:
+            deadline = self._loop.time() + deadline_s
             await self._calls.wait_for_place(deadline)
+            deadline_s = max(deadline - self._loop.time(), 0.0)
+        return await self.start(message, payload, deadline_s=deadline_s, into=into).result()
+
+    @property
+    def may_start(self) -> bool:
+        """Whether a call can be begun without waiting for a place."""
+        return not self._calls.is_full
+
+    def start(
+        self, message: Message, payload: Payload = (), *, deadline_s: float, into: memoryview | None = None
+    ) -> "Pending":
+        """As `call`, but without waiting for the answer: the caller must await its `result`, or `cancel` it."""
         if self.is_closed:
             raise self._ended()
-        request_id, call = self._calls.begin(deadline, into)
+        request_id, call = self._calls.begin(self._loop.time() + deadline_s, into)
         try:
             payload_bytes = sum(map(len, payload)) if payload else 0
             deadline_ms = min(int(deadline_s * 1000) + 1, frame.DEADLINE_MS_MAX)
             head = frame.encode(REQUEST, request_id, message, payload_bytes, deadline_ms)
-            # A caller that is alone waits for nobody; calls of many leave together.
-            at_once = len(self._calls) == 1
-            self._outbox.send(head, payload, payload_bytes, at_once=at_once, request_id=request_id)
-            answer, received = await call.future
         except BaseException:
-            if self._calls.forget(request_id):
-                self._give_up(request_id)
-            elif call.received is not None and call.future.done() and not call.future.cancelled():
-                call.received.release()
+            self._calls.forget(request_id)
             raise
-        if type(answer) is Failure:
-            raise error_of(answer)
-        return answer, received
+        # A caller that is alone waits for nobody; calls of many leave together.
+        at_once = len(self._calls) == 1
+        self._outbox.send(head, payload, payload_bytes, at_once=at_once, request_id=request_id)
+        return Pending(self, request_id, call)
+
+    def give_up(self, request_id: int, call: Call) -> None:
+        """Nobody waits for this call of ours any more."""
+        if self._calls.forget(request_id):
+            self._give_up(request_id)
+        elif call.received is not None:
+            call.received.release()
 
     def push(self, message: Message) -> None:
         """Tell the other side something that needs no answer. Lost if the connection ends."""

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import structlog
 
 from mendfs.errors import DeadlineExceeded, MendfsError, Unreachable
-from mendfs.wire.connection import POOL, Handler, Peer
+from mendfs.wire.calls import Answer
+from mendfs.wire.connection import POOL, Handler, Peer, Pending
 from mendfs.wire.handshake import Accepting, Connecting, Credentials
 from mendfs.wire.outbox import Payload
 from mendfs.wire.payload import Received
@@ -14,7 +15,20 @@ from mendfs.wire.requests import Reply
 from mendfs.world.buffers import BufferPool
 from mendfs.world.network import Address, Listener, Network
 
-__all__ = ["POOL", "Credentials", "Handler", "Payload", "Peer", "Received", "Reply", "Server", "connect", "serve"]
+__all__ = [
+    "POOL",
+    "Answer",
+    "Credentials",
+    "Handler",
+    "Payload",
+    "Peer",
+    "Pending",
+    "Received",
+    "Reply",
+    "Server",
+    "connect",
+    "serve",
+]
 
 log = structlog.get_logger()
 
