@@ -35,6 +35,27 @@ INDEX_SYNC_EVERY_S = 5.0
 """The index's log may lag behind its checkpoint by this much; a start scans what was written since."""
 
 
+class _Putting:
+    """A put under way. Nearly always nobody else waits for it, so the future for that is made when one does."""
+
+    __slots__ = ("_over", "root")
+
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+        self._over: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Until it is over, well or not."""
+        if self._over is None:
+            self._over = asyncio.get_running_loop().create_future()
+        await asyncio.wait({self._over})
+
+    def end(self) -> None:
+        """It is."""
+        if self._over is not None:
+            self._over.set_result(None)
+
+
 class Store:
     """An open store. Made by `opening.open_store`."""
 
@@ -60,7 +81,7 @@ class Store:
         self._segments = segments
         self._append = appending
         self._syncing = syncing
-        self._putting: dict[Name, tuple[bytes, asyncio.Future[None]]] = {}
+        self._putting: dict[Name, _Putting] = {}
         self._tasks: set[asyncio.Task[Incarnation]] = set()
         self._tending = asyncio.create_task(self._tend_forever(), name="store")
 
@@ -83,33 +104,31 @@ class Store:
         """
         name = (message.partition, message.block)
         while (putting := self._putting.get(name)) is not None:
-            if putting[0] != message.root:
+            if putting.root != message.root:
                 raise _conflict(message)
             # It may fail, and then it is our turn: so look again.
-            await asyncio.wait({putting[1]})
-        over = asyncio.get_running_loop().create_future()
-        self._putting[name] = (message.root, over)
-
-        def done(_: object = None) -> None:
-            del self._putting[name]
-            over.set_result(None)
-
+            await putting.wait()
+        self._putting[name] = _Putting(message.root)
         if len(data) < INLINE_BYTES_MAX:
-            try:
-                return await self._put(message, data)
-            finally:
-                done()
+            return await self._put_guarded(message, data)
         # A task of ours: whoever asked may go away, but the thread that writes does not, and what it wrote must be
         # entered or given up in order.
-        task = asyncio.create_task(self._put(message, data))
+        task = asyncio.create_task(self._put_guarded(message, data))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(done)
         return await asyncio.shield(task)
+
+    async def _put_guarded(self, message: PutBlock, data: Buffer) -> Incarnation:
+        try:
+            return await self._put(message, data)
+        except EngineFailed as error:
+            raise self._index_failed(error) from None
+        finally:
+            self._putting.pop((message.partition, message.block)).end()
 
     async def _put(self, message: PutBlock, data: Buffer) -> Incarnation:
         name = (message.partition, message.block)
-        old = await self._guarded(self._index.find(*name))
+        old = await self._index.find(*name)
         if old is not None and old.is_good:
             if old.root != message.root:
                 raise _conflict(message)
@@ -124,8 +143,7 @@ class Store:
             self.volume.page_size,
             self.volume.checksum,
         )
-        total = header.total_bytes
-        segment, offset = await self._guarded(self._append.reserve(total))
+        segment, offset = await self._append.reserve(header.total_bytes)
         is_written = False
         try:
             if len(data) < INLINE_BYTES_MAX:
@@ -150,7 +168,7 @@ class Store:
         if segment.is_failed:
             raise StoreFailed(f"segment {segment.number} could not be synced; block {header.block:#x} was given up")
         entry = Entry(segment.number, offset, header.length, header.inode, header.slot, 0, header.root)
-        await self._guarded(self._index.add(name, entry, old))
+        await self._index.add(name, entry, old)
         segment.written(offset, header.total_bytes, name)
         self.watch.written()
         self.watch.count_in(header.total_bytes)
@@ -245,7 +263,7 @@ class Store:
             )
         for name in names:
             if (putting := self._putting.get(name)) is not None:
-                await asyncio.wait({putting[1]})
+                await putting.wait()
         if order > fence:
             await self._guarded(self._index.set_fence(order))
         self.highest_generation = max(self.highest_generation, order.generation)
@@ -323,10 +341,13 @@ class Store:
         try:
             return await work
         except EngineFailed as error:
-            if not self.failed.done():
-                self.failed.set_result(error)
-            self.watch.trouble("index", f"{error}; restart this data server")
-            raise StoreFailed(str(error)) from None
+            raise self._index_failed(error) from None
+
+    def _index_failed(self, error: EngineFailed) -> StoreFailed:
+        if not self.failed.done():
+            self.failed.set_result(error)
+        self.watch.trouble("index", f"{error}; restart this data server")
+        return StoreFailed(str(error))
 
 
 def _conflict(message: PutBlock) -> BlockConflict:
