@@ -59,8 +59,7 @@ async def fetch_pages(
     """
     request = _request(ref, first_page, page_count, into, page_size, checksums)
     answer = await peer.call(request, deadline_s=deadline_s, into=into)
-    where = f"block {ref.block:#x} from {peer.remote_address}"
-    return _verify(answer, ref, where, request, into, page_size, kind, checksums)
+    return _verify(answer, ref, peer, request, into, page_size, kind, checksums)
 
 
 def _request(
@@ -73,7 +72,7 @@ def _request(
 def _verify(
     answer: Answer,
     ref: BlockRef,
-    where: str,
+    peer: Peer,
     request: GetBlock,
     into: memoryview,
     page_size: int,
@@ -82,6 +81,7 @@ def _verify(
 ) -> bytes:
     """The checksums of the block, if the answer is what the request was for and its pages in `into` are good."""
     message, received = answer
+    where = f"block {ref.block:#x} from {peer.remote_address}"
     if not isinstance(message, BlockPages) or message.length != ref.length:
         raise BlockCorrupt(f"{where}: the answer is of another block or of none")
     if received is None or len(received.view) != len(into):
@@ -122,6 +122,11 @@ class _Attempt:
         self.pending: Pending | None = None
         """The call, if it was begun before the task was made."""
 
+    @property
+    def asked(self) -> frozenset[int]:
+        """The pages it is for."""
+        return frozenset(range(self.first, self.end))
+
 
 class _Fetch:
     """One fetch_any: which pages are good so far and where they lie, and which replicas may still be asked."""
@@ -161,6 +166,11 @@ class _Fetch:
         """Pages nobody has given yet."""
         return self.wanted.difference(self.in_place, *(attempt.good for attempt in self.beside))
 
+    def adopt(self, first: _Attempt) -> None:
+        """The attempt that was begun before there was anything to keep account of."""
+        self.left.popleft()
+        self.running.add(first)
+
     def begin(self) -> _Attempt:
         """The attempt to make next: one range that holds all missing pages."""
         missing = self.missing()
@@ -177,59 +187,36 @@ class _Fetch:
         self.running.add(attempt)
         return attempt
 
-    async def run_alone(self, attempt: _Attempt, hedge_after_s: float) -> bool:
-        """The first attempt, in the caller's task as long as it is in time; False if it must go on in one of its own.
-
-        Nearly every read ends here: a task, a group and a wait for either would double what it costs.
-        """
-        try:
-            found = attempt.peer = self.candidates[attempt.index]()
-            if not isinstance(found, Peer) or not found.may_start:
-                return False
-            pending = attempt.pending = found.start(self._ask(attempt), deadline_s=self.deadline_s, into=attempt.view)
-        except MendfsError as error:
-            attempt.error = error
-            return True
-        if not self.left or await pending.is_answered_within(hedge_after_s):
-            await self.run(attempt)
-            return True
-        return False
-
     async def run(self, attempt: _Attempt) -> None:
         """Ask the replica; what came of it is written into the attempt."""
-        asked = frozenset(range(attempt.first, attempt.end))
         try:
             peer = attempt.peer if attempt.peer is not None else self.candidates[attempt.index]()
             if not isinstance(peer, Peer):
                 peer = await peer
-            request = self._ask(attempt)
+            count = attempt.end - attempt.first
+            request = _request(self.ref, attempt.first, count, attempt.view, self.page_size, attempt.checksums)
             if attempt.pending is not None:
                 answer = await attempt.pending.result()
             else:
                 answer = await peer.call(request, deadline_s=self.deadline_s, into=attempt.view)
-            where = f"block {self.ref.block:#x} from {peer.remote_address}"
             self.checksums = _verify(
-                answer, self.ref, where, request, attempt.view, self.page_size, self.kind, attempt.checksums
+                answer, self.ref, peer, request, attempt.view, self.page_size, self.kind, attempt.checksums
             )
-            attempt.good = asked
-        except PagesCorrupt as error:
-            self.checksums = error.checksums
-            attempt.error, attempt.good = error, asked.difference(error.pages)
+            attempt.good = attempt.asked
         except MendfsError as error:
             attempt.error = error
-
-    def _ask(self, attempt: _Attempt) -> GetBlock:
-        count = attempt.end - attempt.first
-        return _request(self.ref, attempt.first, count, attempt.view, self.page_size, attempt.checksums)
 
     def end(self, attempt: _Attempt) -> None:
         """Take what an ended attempt gave."""
         self.running.discard(attempt)
+        if isinstance(attempt.error, PagesCorrupt):
+            self.checksums = attempt.error.checksums
+            attempt.good = attempt.asked.difference(attempt.error.pages)
         if attempt.good and attempt.buffer is None:
             self.in_place |= attempt.good
         elif attempt.good:
             self.beside.append(attempt)
-        elif isinstance(attempt.error, BlockCorrupt) and attempt.checksums is None:
+        elif type(attempt.error) is BlockCorrupt and attempt.checksums is None:
             self.without_checksums.append(attempt.index)
         if self.checksums is not None:
             self.left.extend(self.without_checksums)
@@ -278,6 +265,21 @@ async def fetch_any(
     than `hedge_after_s`, without a report: the first verified one wins, and the others are cancelled. Each attempt has
     `deadline_s`. Raises AllReplicasFailed when some page came good from nobody.
     """
+    attempt: _Attempt | None = None
+    if candidates:
+        # Nearly every read ends here, in the caller's task: a task of its own, a group and a wait for either would
+        # more than double what a call costs.
+        attempt = _Attempt(0, first_page, first_page + page_count, into, None, checksums)
+        try:
+            peer = attempt.peer = candidates[0]()
+            if isinstance(peer, Peer) and peer.may_start:
+                request = _request(ref, first_page, page_count, into, page_size, checksums)
+                pending = attempt.pending = peer.start(request, deadline_s=deadline_s, into=into)
+                if len(candidates) == 1 or await pending.is_answered_within(hedge_after_s):
+                    answer = await pending.result()
+                    return _verify(answer, ref, peer, request, into, page_size, kind, checksums)
+        except MendfsError as error:
+            attempt.error = error
     fetch = _Fetch(
         candidates,
         ref,
@@ -289,29 +291,32 @@ async def fetch_any(
         checksums=checksums,
         deadline_s=deadline_s,
     )
+    return await _fetch_rest(fetch, attempt, hedge_after_s, report)
+
+
+Report = Callable[[int, ReplicaError], None]
+
+
+async def _fetch_rest(fetch: _Fetch, first: _Attempt | None, hedge_after_s: float, report: Report) -> bytes:
+    """What is to be done when the first replica was late (its attempt goes on) or wrong (it has an error)."""
+    errors: list[str] = []
     try:
-        errors: list[str] = []
-        late: _Attempt | None = None
-        if fetch.left:
-            first = fetch.begin()
-            if await fetch.run_alone(first, hedge_after_s):
+        if first is not None:
+            fetch.adopt(first)
+            if first.error is not None:
                 _take(fetch, first, errors, report)
-            else:
-                late = first
-        if fetch.missing() and (late is not None or fetch.left):
+                first = None
+        if fetch.left or fetch.running:
             async with asyncio.TaskGroup() as group:
-                await _race(fetch, group, late, hedge_after_s, errors, report)
+                await _race(fetch, group, first, hedge_after_s, errors, report)
         if fetch.missing():
             reasons = "; ".join(errors) or "there is none"
-            raise AllReplicasFailed(f"block {ref.block:#x}: no replica returned good bytes ({reasons})")
+            raise AllReplicasFailed(f"block {fetch.ref.block:#x}: no replica returned good bytes ({reasons})")
         fetch.collect()
     finally:
         fetch.release()
     assert fetch.checksums is not None, "a page is good only by its checksum"
     return fetch.checksums
-
-
-Report = Callable[[int, ReplicaError], None]
 
 
 async def _race(

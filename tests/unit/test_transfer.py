@@ -205,9 +205,14 @@ async def test_whatever_one_server_does_wrong_is_an_error_and_the_next_one_serve
 async def test_two_wrong_replicas_of_three_do_not_outvote_the_right_one() -> None:
     everywhere = range(PAGES)
     fetched = Fetched()
-    async with served(Replica(bad_pages=everywhere), Replica(bad_pages=everywhere), Replica()) as candidates:
+    replicas = Replica(bad_pages=everywhere), Replica(bad_pages=everywhere), Replica()
+    async with served(*replicas) as candidates:
         await fetched.run(candidates)
-    assert fetched.reported == [0, 1]
+        assert fetched.reported == [0, 1]
+        # A replica without one good page has nothing more to give.
+        with pytest.raises(AllReplicasFailed):
+            await fetched.run(candidates[:2])
+    assert [len(replica.asked) for replica in replicas] == [2, 2, 1]
 
 
 @pytest.mark.seed("C8.2")

@@ -1,7 +1,7 @@
 """Verified pages of a block from whichever replica is best: replica choice, failover, hedging, read quorum, reports."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from functools import partial
 
 import structlog
@@ -61,7 +61,7 @@ class Fetcher:
         self, order: Sequence[ServerNumber], ref: BlockRef, first_page: int, count: int, into: memoryview
     ) -> None:
         name = (ref.partition, ref.block)
-        candidates: list[Callable[[], Awaitable[Peer]]] = [partial(self._peer, number) for number in order]
+        candidates = [partial(self._connection, number) for number in order]
         failed = False
 
         def report(index: int, error: ReplicaError) -> None:
@@ -122,6 +122,11 @@ class Fetcher:
             await self._fetch_from(number, ref, 0, pages, memoryview(memory)[: ref.length])
         finally:
             self._shared.pool.give(memory)
+
+    def _connection(self, number: ServerNumber) -> Peer | Awaitable[Peer]:
+        """The server's connection, at once if there is one: then fetch_any needs no task."""
+        server = self._shared.servers.get(number)
+        return server.connected or server.peer()
 
     async def _peer(self, number: ServerNumber) -> Peer:
         return await self._shared.servers.get(number).peer()

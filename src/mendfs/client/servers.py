@@ -65,6 +65,11 @@ class DataServer:
         if came_back or moved:
             self._retry_now.notify()
 
+    @property
+    def connected(self) -> Peer | None:
+        """Its connection, if there is one."""
+        return self._peer if self._peer is not None and not self._peer.is_closed else None
+
     async def peer(self) -> Peer:
         """Its connection, made if there is none. Raises Unreachable at once while it is suspect."""
         if self._peer is not None and not self._peer.is_closed:
