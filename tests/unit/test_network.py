@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mendfs.errors import Unreachable, UsageError
 from mendfs.model import KiB, MiB
 from mendfs.world.buffers import POOLED_BYTES_MAX, POOLED_BYTES_MIN, BufferPool
-from mendfs.world.tcp import TcpNetwork, format_address, parse_address
+from mendfs.world.tcp import KEEPALIVE_IDLE_S, UNACKNOWLEDGED_MS, TcpNetwork, format_address, parse_address
+from tests.unit.wire_tools import until
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,27 @@ async def test_closing_leaves_the_name_of_a_later_listener(tmp_path: Path) -> No
     await first.close()
     assert path.exists()
     await second.close()
+
+
+async def test_both_sides_of_a_connection_notice_a_vanished_host_and_delay_nothing() -> None:
+    made: list[asyncio.BaseTransport] = []
+
+    class Protocol(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            made.append(transport)
+
+    network = TcpNetwork()
+    listener = await network.listen("127.0.0.1:0", Protocol)
+    await network.connect(listener.address, Protocol)
+    await until(lambda: len(made) == 2)
+    for transport in made:
+        sock = transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == KEEPALIVE_IDLE_S
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == UNACKNOWLEDGED_MS
+        transport.close()
+    await listener.close()
 
 
 @pytest.mark.parametrize("address", ["192.0.2.7:0", "no-such-host.invalid:7001", "/nonexistent/socket"])

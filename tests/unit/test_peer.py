@@ -244,7 +244,7 @@ async def test_after_a_deadline_nothing_lands_in_the_callers_memory(address: str
 
     async with pair(address, answer) as peer:
         own = bytearray(MiB)
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded, match=f"{peer.remote_address} did not answer"):
             await peer.call(GET, deadline_s=0.03, into=memoryview(own))
         await until(lambda: cancelled == [GET])
         call = asyncio.create_task(peer.call(GET, deadline_s=30, into=memoryview(own)))

@@ -40,6 +40,8 @@ class Calls:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._last_id = 0
         self._timer = DeadlineTimer(loop, self._sweep)
+        self.remote = ""
+        """Who does not answer, for messages."""
 
     def __len__(self) -> int:
         """Calls in flight."""
@@ -61,7 +63,7 @@ class Calls:
                     await place
                 has_place = True
             except TimeoutError as error:
-                raise DeadlineExceeded(f"{CALLS_MAX} earlier calls on this connection did not end in time") from error
+                raise DeadlineExceeded(f"{self.remote} did not answer {CALLS_MAX} earlier calls in time") from error
             finally:
                 if place in self._waiting:
                     self._waiting.remove(place)
@@ -135,6 +137,6 @@ class Calls:
             if call.deadline > now:
                 earliest = min(earliest, call.deadline)
             else:
-                self.fail(request_id, DeadlineExceeded("the answer did not come in time"))
+                self.fail(request_id, DeadlineExceeded(f"{self.remote} did not answer in time"))
                 self._give_up(request_id)
         return earliest

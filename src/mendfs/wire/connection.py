@@ -226,6 +226,7 @@ class Peer(FrameReader):
         self._outbox = Outbox(self._loop, self._transport)
         if not self.remote_address:
             self.remote_address = name_of(transport)
+        self._calls.remote = self.remote_address
         if isinstance(self._handshake, Connecting):
             self._send_simple(REQUEST, 1, self._handshake.hello)
 

@@ -23,6 +23,8 @@ KEEPALIVE_IDLE_S = 10
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
 """A host that vanished without a word is noticed 25 s later even where nobody waits for an answer."""
+UNACKNOWLEDGED_MS = 1000 * (KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_PROBES)
+"""The same where something was sent: the kernel's own limit is a quarter of an hour of repeats."""
 
 Factory = Callable[[], asyncio.BaseProtocol]
 
@@ -58,6 +60,7 @@ def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
     # SO_SNDBUF and SO_RCVBUF are left alone: setting them ends the kernel's autotuning (up to 4 and 6 MiB) and
     # caps them at net.core.[rw]mem_max, which is 208 KiB by default.
 
