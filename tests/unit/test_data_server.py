@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -274,6 +275,31 @@ async def test_a_folder_of_another_volume_or_number_is_a_clear_error(tmp_path: P
         await asyncio.sleep(0.3)
         assert not meta.registrations and not server.registered.is_set()
         await server.close()
+
+
+@pytest.mark.seed("C13")
+async def test_a_folder_deleted_under_the_running_server_is_noticed_and_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    async with meta_server() as meta:
+        async with running(folder, meta) as server, client_of(server) as peer:
+            before, after = block(1, b"before"), block(2, b"after")
+            await ask(peer, before, messages.Stored, b"before")
+            await ask(peer, messages.SyncStore(), messages.Synced)
+            shutil.rmtree(folder)
+            await until(lambda: (folder / "server.json").exists())
+            store = server.store
+            assert store is not None
+            await until(lambda: any("from other servers" in line for line in store.health().troubles))
+            names = tuple((put.partition, put.block) for put in (before, after))
+            assert (await ask(peer, messages.HaveBlocks(names), messages.BlocksHeld)).roots == (None, None)
+            assert (await get(peer, before))[1] == b"before", "the open file still serves"
+            await ask(peer, after, messages.Stored, b"after")
+            await ask(peer, messages.SyncStore(), messages.Synced)
+        async with running(folder, meta) as server, client_of(server) as peer:
+            held = await ask(peer, messages.HaveBlocks(names), messages.BlocksHeld)
+            assert held.roots == (None, after.root)
+            assert server.number == 2
+            assert meta.registrations[0].id == meta.registrations[-1].id
 
 
 async def test_a_port_in_use_is_a_clear_error_and_leaves_the_folder_free(tmp_path: Path) -> None:

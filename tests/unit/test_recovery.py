@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from mendfs.data.schema import MARK_KEY, Fence, encode_mark
 from mendfs.data.store import Store
 from mendfs.errors import BlockCorrupt, BlockMissing, Fenced, StoreDamaged
 from mendfs.kv.memory import MemoryEngine
+from mendfs.kv.rocks import RocksEngine
 from mendfs.model import BlockId, CommitSequence, Generation, Partition
 from mendfs.wire.messages.data import HeldBlock, PutBlock
 from mendfs.world.local_disk import LocalDisk
@@ -351,3 +354,60 @@ async def test_the_stored_sample_of_format_version_1_is_still_read(tmp_path: Pat
         assert await read(store, block(number, content(number, length))) == content(number, length)
     assert store.health().blocks == 4
     await store.close()
+
+
+WRITER = """
+import asyncio, sys
+from mendfs.data.opening import StoreOptions, open_store
+from mendfs.kv.rocks import RocksEngine
+from mendfs.world.local_disk import LocalDisk
+from tests.unit.data_tools import SERVER, block, content, volume, world_of
+import random
+
+async def main(folder, first):
+    disk = LocalDisk()
+    store = await open_store(
+        world_of(disk, random.SystemRandom().getrandbits(64)), folder, RocksEngine.open,
+        volume=volume(), server_id=SERVER, options=StoreOptions(),
+    )
+    number = int(first)
+    while True:
+        length = (100, 5000, 250_000)[number % 3]
+        await store.put(block(number, content(number, length)), content(number, length))
+        print(number, flush=True)
+        number += 1
+        if number % 20 == 0:
+            await store.sync()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def write_and_kill(folder: Path, first: int, lines: int) -> int:
+    """Kill a process that puts blocks (-9) once `lines` were acknowledged. Returns the last one that was."""
+    command = [sys.executable, "-c", WRITER, str(folder), str(first)]
+    acknowledged: list[int] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=GOLDEN.parents[2]) as writer:
+        assert writer.stdout is not None
+        for line in writer.stdout:
+            # structlog writes to the same place; a line cut off by the kill has no end.
+            if line.strip().isdigit() and line.endswith(b"\n"):
+                acknowledged.append(int(line))
+            if len(acknowledged) == lines:
+                writer.kill()
+    return acknowledged[-1]
+
+
+async def test_kill_9_of_a_process_on_the_real_disk_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    following = 0
+    for lines in (30, 7, 50):
+        following = write_and_kill(tmp_path, following, lines) + 1
+        disk = LocalDisk()
+        store = await open_store(
+            world_of(disk), str(tmp_path), RocksEngine.open, volume=volume(), server_id=SERVER, options=StoreOptions()
+        )
+        found = await held(store)
+        assert set(range(following)) <= set(found)
+        assert all(each.ok for each in found.values())
+        await sums_are_right(store)
+        await store.close()

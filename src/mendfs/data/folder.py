@@ -103,6 +103,15 @@ class Folder:
             raise StoreFailed(f"cannot write into {self.path}: {error.strerror or error}") from None
         self.identity = identity
 
+    def restore(self) -> bool:
+        """Write down who this is again if somebody deleted it under the running server. Blocks. Raises OSError."""
+        file = posixpath.join(self.path, "server.json")
+        if self._disk.exists(file):
+            return False
+        self._disk.make_directories(self.path)
+        self._disk.replace_file(file, msgspec.json.encode(self.identity))
+        return True
+
     def close(self) -> None:
         """Give the lock back."""
         self._lock.close()

@@ -140,6 +140,8 @@ class Segments:
     def create(self, header: SegmentHeader) -> Segment:
         """Make a file. Blocks. Its name is not durable before `sync_names`."""
         path = self.path(header.number)
+        # Somebody may have deleted the folder under us: what is stored from now on needs one again.
+        self._disk.make_directories(self.folder)
         file = self._disk.open(path, create=True)
         try:
             file.write((encode_segment(header),), 0)

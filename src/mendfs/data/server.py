@@ -39,6 +39,7 @@ VERIFY_MAX = 100
 NAMES_MAX = 20_000
 """Blocks in one question or order."""
 INVENTORY_PARTITIONS_MAX = 1024
+FOLDER_CHECK_EVERY_S = 1.0
 
 
 class DataOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +90,7 @@ class DataServer:
             beat=self._beat,
         )
         self._registering: asyncio.Task[None] | None = None
+        self._guarding: asyncio.Task[None] | None = None
         self._handlers: dict[type, Handler] = {
             Ping: self._ping,
             messages.SyncStore: self._sync,
@@ -124,13 +126,15 @@ class DataServer:
         )
         self._registering = asyncio.create_task(self._registration.run(), name="registration")
         self._registering.add_done_callback(self._registration_over)
+        self._guarding = asyncio.create_task(self._guard_folder(), name="folder")
         log.info("data server up", address=self.address, dir=self._options.dir, number=self.number)
 
     async def close(self) -> None:
         """Stop: no more requests, everything put is durable."""
-        if self._registering is not None:
-            self._registering.cancel()
-            await asyncio.gather(self._registering, return_exceptions=True)
+        for task in (self._registering, self._guarding):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         if self._server is not None:
             await self._server.close()
         try:
@@ -202,6 +206,16 @@ class DataServer:
         log.error("data server cannot go on", error=str(error))
         if not self.failed.done():
             self.failed.set_result(error)
+
+    async def _guard_folder(self) -> None:
+        """Without its server.json a server that is started again would be a stranger to the volume."""
+        while True:
+            await asyncio.sleep(FOLDER_CHECK_EVERY_S)
+            try:
+                if await self._world.disk.run(self._folder.restore):
+                    log.error("the folder was deleted under the server, made again", dir=self._options.dir)
+            except OSError as error:
+                log.error("cannot look after the folder", dir=self._options.dir, error=str(error))
 
     async def _open_store(self) -> None:
         mine, options = self._folder.identity, self._options

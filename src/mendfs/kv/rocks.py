@@ -87,9 +87,17 @@ class RocksEngine(OptimisticEngine):
         await asyncio.get_running_loop().run_in_executor(self._thread, self._flush)
 
     async def release(self) -> None:
-        """Close the database, which writes its tables."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._database.close)
-        self._thread.shutdown()
+        """Close the database, which writes its tables. Raises EngineFailed; what was synced is in the log."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        finally:
+            self._thread.shutdown()
+
+    def _close(self) -> None:
+        try:
+            self._database.close()
+        except Exception as error:  # rocksdict raises no narrower class
+            raise self._failed("cannot be closed", error) from None
 
     def _flush(self) -> None:
         try:
