@@ -4,10 +4,10 @@ import errno
 
 import pytest
 
+from mendfs.blocks import block_digest
 from mendfs.errors import AppendMoved, BadMessage, CommitRefused, OperationError, SessionLost
 from mendfs.kv.engine import Transaction
 from mendfs.meta import commit, freeing, ranges, schema, truncate
-from mendfs.meta.blocks import block_digest
 from mendfs.meta.sessions import Answer, answered_once
 from mendfs.model import Inode, Partition, ServerNumber, SessionId, Slot
 from mendfs.wire.messages import meta as messages

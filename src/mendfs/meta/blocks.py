@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 import msgspec
-from xxhash import xxh3_128_intdigest
 
+from mendfs.blocks import block_digest
 from mendfs.errors import CommitRefused
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
@@ -12,11 +12,6 @@ from mendfs.model import BlockId, Inode, Partition, Row, ServerNumber, Slot
 from mendfs.wire.messages import meta as messages
 
 _DIGEST_BITS = 128
-
-
-def block_digest(volume: str, partition: Partition, block: BlockId, root: bytes) -> int:
-    """128 bits that stand for a block in a sum. Keyed by the volume, so that sums of two volumes never meet."""
-    return xxh3_128_intdigest(b"%s/%d/%d/%s" % (volume.encode(), partition, block, root))
 
 
 class Tallies:
