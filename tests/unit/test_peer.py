@@ -31,7 +31,7 @@ from mendfs.wire.messages.session import Done, Ping, Renew
 from mendfs.wire.peer import Credentials, Received, Reply, connect, serve
 from mendfs.wire.requests import UNPROCESSED_BYTES_MAX
 from mendfs.world.tcp import TcpNetwork
-from tests.unit.wire_tools import CREDENTIALS, Result, connected, pair, raw, say_done, serving, until
+from tests.unit.wire_tools import CREDENTIALS, Result, connected, feed, pair, raw, say_done, serving, unconnected, until
 
 PUT = PutBlock(Partition(1), BlockId(2), Inode(3), Slot(4), b"root")
 GET = GetBlock(Partition(1), BlockId(2), 0, 1)
@@ -444,6 +444,26 @@ async def test_answers_that_nobody_reads_are_bounded_and_given_back(address: str
             async with connected(server.address) as peer:
                 assert await peer.call(Ping(), deadline_s=5) == (Done(), None)
         await until(lambda: given_back == handled)
+
+
+async def test_reading_goes_on_when_answers_that_had_to_wait_have_left_at_once(address: str) -> None:
+    """The transport may take everything without ever asking for a pause: found as a connection that hung for good."""
+    data = bytes(16 * MiB)
+
+    async def answer(peer: Peer, message: Message, received: Received | None) -> Result:
+        return Reply(BlockPages(1, b"", Epoch(1)), [data])
+
+    peer, transport = unconnected(answer)
+    paused = 0
+    for number in range(5):
+        feed(peer, b"".join(frame.encode(Kind.REQUEST, 10 * number + i, GET) for i in range(4)))
+        async with asyncio.timeout(5):
+            while len(peer._requests) or not transport.is_reading or len(peer._outbox):
+                paused += not transport.is_reading
+                await asyncio.sleep(0)
+    assert paused
+    assert len(transport.written) > 5 * 4 * len(data)
+    peer.connection_lost(None)
 
 
 async def test_the_other_sides_own_failure_to_encode_is_an_answer(address: str) -> None:

@@ -31,8 +31,9 @@ from mendfs.world.tcp import name_of, widen
 
 log = structlog.get_logger()
 
-UNREAD_ANSWER_BYTES_MAX = 16 * MiB
-"""Answers that the other side does not read, above which its requests are read no more."""
+UNREAD_ANSWER_BYTES_MAX = 32 * MiB
+"""Answers that the other side does not read, above which its requests are read no more: what a fast reader has asked
+for in advance stays below it."""
 FRAMES_WAITING_MAX = 16 * KiB
 """Only pushes can wait in such numbers: the other side has not read for long, and is better off anew."""
 CLOSE_S = 1.0
@@ -134,7 +135,7 @@ class Peer(FrameReader):
         self._outbox: Outbox
         self._reason: MendfsError | None = None
         self._calls = Calls(loop, pool, self._give_up)
-        self._requests = Requests(loop, functools.partial(handler, self), self._answer, self._request_ended)
+        self._requests = Requests(loop, functools.partial(handler, self), self._answer, self._room_made)
         self._incoming: Received | None = None
 
     # For those who use the connection.
@@ -223,7 +224,7 @@ class Peer(FrameReader):
         # uvloop's transports are asyncio.Transports in all but their class.
         self._transport = cast(asyncio.Transport, transport)
         widen(transport)
-        self._outbox = Outbox(self._loop, self._transport)
+        self._outbox = Outbox(self._loop, self._transport, self._room_made)
         if not self.remote_address:
             self.remote_address = name_of(transport)
         self._calls.remote = self.remote_address
@@ -253,7 +254,6 @@ class Peer(FrameReader):
     def resume_writing(self) -> None:
         """The kernel has taken everything."""
         self._outbox.resume()
-        self._regulate()
 
     # FrameReader
 
@@ -324,7 +324,8 @@ class Peer(FrameReader):
         if self._outbox.answer_bytes > UNREAD_ANSWER_BYTES_MAX:
             self._regulate()
 
-    def _request_ended(self) -> None:
+    def _room_made(self) -> None:
+        """A request ended, or waiting answers have left."""
         if self._is_held:
             self._regulate()
 

@@ -51,10 +51,13 @@ class Outgoing:
 
 
 class Outbox:
-    """The sending half of a connection."""
+    """The sending half of a connection. `flushed` is called when frames that waited have been handed on."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.WriteTransport) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, transport: asyncio.WriteTransport, flushed: Callable[[], None]
+    ) -> None:
         self._loop = loop
+        self._flushed = flushed
         self._transport = transport
         self._waiting: deque[Outgoing] = deque()
         self._is_paused = False
@@ -161,6 +164,7 @@ class Outbox:
             self._write(batch)
         if not self._waiting and not self._is_paused:
             self._tell_drained()
+        self._flushed()
 
     def _write(self, batch: list[Outgoing]) -> None:
         pieces: list[Buffer] = []
