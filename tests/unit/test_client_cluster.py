@@ -8,8 +8,12 @@ import stat
 
 import pytest
 
-from mendfs.errors import AllReplicasFailed, MendfsError, OperationError, StoreFull
+from mendfs.client.volume import Volume, VolumeOptions
+from mendfs.errors import AllReplicasFailed, CommitRefused, MendfsError, NotAuthentic, OperationError, StoreFull
 from mendfs.model import Inode
+from mendfs.wire.messages import Message
+from mendfs.wire.messages.meta import Commit, GetStatus, StatusReport
+from mendfs.wire.peer import Peer
 from tests.unit.client_tools import Cluster, cluster, contents, read_all, until, write_file
 
 
@@ -351,8 +355,6 @@ async def test_a_slow_server_is_named_later() -> None:
 
 async def owed(c: Cluster) -> int:
     peer = (await c.client())._shared.session
-    from mendfs.wire.messages.meta import GetStatus, StatusReport
-
     status = await peer.query(GetStatus(), StatusReport)
     return int(status.document["owed"])
 
@@ -410,12 +412,134 @@ async def test_a_big_file_is_read_ahead_and_read_right() -> None:
 
 
 async def test_a_wrong_secret_is_said_at_once() -> None:
-    from mendfs.client.volume import Volume, VolumeOptions
-    from mendfs.errors import NotAuthentic
-
     async with cluster() as c:
         async with asyncio.timeout(3):
             with pytest.raises(NotAuthentic):
                 await Volume.open(c.world, VolumeOptions(meta=c.meta.address), b"wrong" * 8)
         with pytest.raises(MendfsError):
             await Volume.open(c.world, VolumeOptions(meta="127.0.0.1:1", open_timeout_s=0.2), b"x" * 32)
+
+
+async def test_a_reader_follows_when_its_blocks_were_replaced_and_freed() -> None:
+    """All replicas of what it knows are gone: the extents have moved on, so it reads the new ones, without an error."""
+    async with cluster() as c:
+        first, second = await c.client(), await c.client()
+        file = await write_file(first, b"f", b"a" * 10_000)
+        await file.flush()
+        reader = await second.open_file(file.inode, flags=os.O_RDONLY)
+        old = {name for store in c.stores for name in store.blocks}
+        await file.write(b"b" * 10_000, 0)
+        await file.flush()
+        for store in c.stores:
+            for name in old:
+                store.blocks.pop(name, None)
+        assert await read_all(reader) == b"b" * 10_000
+
+
+async def test_a_refused_commit_is_uploaded_again_under_a_new_id() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        real = c.meta._handlers[Commit]
+        seen: list[set[int]] = []
+
+        async def refuse_twice(peer: Peer, request: Commit) -> Message:
+            seen.append({block.block for block in request.blocks})
+            if len(seen) <= 2:
+                raise CommitRefused("the row has changed")
+            return await real(peer, request)
+
+        c.meta._handlers[Commit] = refuse_twice
+        data = os.urandom(150_000)
+        file = await write_file(volume, b"f", data)
+        await file.flush()
+        assert len(set.union(*seen)) == sum(map(len, seen)), "no id is used for two uploads"
+        assert await contents(await c.client(), file.inode) == data
+        assert not volume._shared.blocks._in_flight
+
+
+async def test_a_commit_that_is_refused_again_and_again_is_an_error() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+
+        async def refuse(peer: Peer, request: Commit) -> Message:
+            raise CommitRefused("the row has changed")
+
+        c.meta._handlers[Commit] = refuse
+        file = await write_file(volume, b"f", b"x")
+        with pytest.raises(CommitRefused):
+            await file.flush()
+        assert volume._shared.dirty.used == 0
+
+
+async def test_commits_of_many_tiny_slots_fit_a_transaction_with_a_server_gone() -> None:
+    """Every block owes a replica: one more key each."""
+    async with cluster(block_size=8, page_size=8) as c:
+        volume = await c.client()
+        await c.stores[2].stop()
+        data = os.urandom(3000)
+        file = await write_file(volume, b"f", data)
+        await file.flush()
+        assert await contents(await c.client(), file.inode) == data
+
+
+async def test_a_hung_server_holds_only_so_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mendfs.client.uploader.STRAGGLING_BYTES_MAX", 1 << 20)
+    async with cluster(block_size=256 << 10, server_count=3) as c:
+        volume = await c.client()
+        hung = c.stores[1]
+        hung.hold_puts = asyncio.Event()
+        data = os.urandom(4 << 20)
+        file = await write_file(volume, b"f", data)
+        async with asyncio.timeout(20):
+            await file.flush()
+        assert volume._uploader._straggling_bytes <= 1 << 20
+        assert await contents(await c.client(), file.inode) == data
+        hung.hold_puts.set()
+
+
+async def test_what_was_committed_is_synced_by_itself_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mendfs.client.durability.SYNC_EVERY_S", 0.05)
+    async with cluster() as c:
+        volume = await c.client()
+        file = await write_file(volume, b"f", b"x" * 100)
+        await file.flush()
+        await until(lambda: not volume._durability.has_unsynced)
+
+
+async def test_a_truncation_does_not_let_older_writes_pass() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        for store in c.stores:
+            store.hold_puts = asyncio.Event()
+        file = await write_file(volume, b"f", b"x" * 70_000)
+        shrink = asyncio.create_task(volume.set_attributes(file.inode, size=10))
+        late = asyncio.create_task(file.write(b"y" * 5, 20))
+        await asyncio.sleep(0.05)
+        assert not shrink.done() and not late.done()
+        for store in c.stores:
+            assert store.hold_puts is not None
+            store.hold_puts.set()
+        async with asyncio.timeout(10):
+            await shrink
+            await late
+            await file.flush()
+        assert await contents(await c.client(), file.inode) == b"x" * 10 + bytes(10) + b"y" * 5
+
+
+async def test_data_that_every_server_lost_before_its_fsync_is_an_error() -> None:
+    """Everything lost power but the meta server: fsync must not say that it is durable."""
+    async with cluster(server_count=3) as c:
+        volume = await c.client()
+        file = await write_file(volume, b"f", b"x" * 1000)
+        await file.flush()
+        for store in c.stores:
+            await store.stop()
+            store.lose_unsynced()
+        for store in c.stores:
+            await store.start(c.meta.address)
+        async with asyncio.timeout(20):
+            with pytest.raises(MendfsError, match="lost before it was durable"):
+                await file.fsync()
+            await file.write(b"y" * 1000, 0)
+            await file.fsync()
+        assert await contents(await c.client(), file.inode) == b"y" * 1000

@@ -23,6 +23,9 @@ log = structlog.get_logger("mendfs.client")
 
 UNSYNCED_MAX = 10_000
 """Entries at which servers are synced without being asked: 5 MiB of memory."""
+SYNC_EVERY_S = 5.0
+"""Servers sync their stores every second anyway, so this asks for little. It keeps small what an fsync or a rename must
+wait for, and finds blocks that a restarted server has lost while their bytes are still elsewhere."""
 SYNC_TIMEOUT_S = 30.0
 """A slow disk may take seconds to write back what it holds; a hung server is declared down long before."""
 REPAIR_PAUSE_MIN_S = 0.005
@@ -50,17 +53,25 @@ class Durability:
         file.unsynced[upload.name] = Unsynced(upload.slot, upload.length, upload.root, upload.acknowledged, set())
         self._files[file.inode] = file
         self._count += 1
-        if self._count > UNSYNCED_MAX and (self._background is None or self._background.done()):
-            self._background = self._shared.tasks.spawn(self._sync_in_background())
+        if self._count > UNSYNCED_MAX:
+            self._sync_in_background()
 
     @property
     def has_unsynced(self) -> bool:
         """Whether any block of this client may be lost in a power cut."""
         return any(file.unsynced for file in self._files.values())
 
-    async def _sync_in_background(self) -> None:
-        await self.sync_data(list(self._files.values()))
-        self._recount()
+    async def run_timer(self) -> None:
+        """Sync what is unsynced every few seconds; runs as long as the volume is open."""
+        while True:
+            await asyncio.sleep(SYNC_EVERY_S)
+            self._recount()
+            if self._files:
+                self._sync_in_background()
+
+    def _sync_in_background(self) -> None:
+        if self._background is None or self._background.done():
+            self._background = self._shared.tasks.spawn(self.sync_data(list(self._files.values())))
 
     def _recount(self) -> None:
         self._files = {inode: file for inode, file in self._files.items() if file.unsynced}
@@ -68,8 +79,12 @@ class Durability:
 
     async def sync_all(self) -> None:
         """Everything this client has committed, and the log."""
-        await self.sync_data(list(self._files.values()))
+        await self.sync_everything_committed()
         await self.sync_log()
+
+    async def sync_everything_committed(self) -> None:
+        """The data of everything this client has committed."""
+        await self.sync_data(list(self._files.values()))
 
     async def sync_log(self) -> None:
         """Every change answered before survives a power cut of the meta server."""
@@ -178,9 +193,9 @@ class Durability:
         asked = [self._ask(server, blocks) for server, blocks in lacking.items()]
         await asyncio.gather(*asked)
         for file, name in pending:
-            entry = file.unsynced.get(name)  # others come and go while this one is stored again
-            if entry is not None and len(entry.puts.keys() | entry.synced) < self._shared.volume.write_quorum:
-                await self._put_again(file, name, entry)
+            left = file.unsynced.get(name)  # others come and go while this one is stored again
+            if left is not None and len(left.puts.keys() | left.synced) < self._shared.volume.write_quorum:
+                await self._put_again(file, name, left)
 
     async def _ask(self, number: ServerNumber, blocks: Pending) -> None:
         for begin in range(0, len(blocks), HAVE_BATCH_MAX):
@@ -248,7 +263,10 @@ class Durability:
             file.unsynced.pop(name, None)
         elif all(self._shared.servers.is_up(server) for server in self._shared.row(name[0])):
             file.unsynced.pop(name, None)
-            raise MendfsError(f"block {name[1]:#x} of inode {file.inode} was lost before it was durable")
+            error = MendfsError(f"block {name[1]:#x} of inode {file.inode} was lost before it was durable")
+            log.error("written data lost", inode=file.inode, slot=entry.slot, reason=str(error))
+            # Kept for the file's next call, for it may be the background that has found out.
+            file.errors.append(error)
 
     @staticmethod
     def _now() -> float:

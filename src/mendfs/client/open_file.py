@@ -70,6 +70,7 @@ class OpenFile:
         if self._file.was_emptied and self._file.unsynced:
             # The old contents are gone: a power cut must not take the new ones too (design section 5).
             await self._durability.sync_data([self._file])
+            self._file.take_error()
         self._file.was_emptied = False
 
     async def fsync(self, datasync: bool = False) -> None:

@@ -41,6 +41,9 @@ from mendfs.world.buffers import BufferPool
 
 __all__ = ["OpenFile", "Volume", "VolumeOptions"]
 
+LOG_SYNC_TIMEOUT_S = 5.0
+"""Closing does not wait longer for a meta server that is gone: nothing is lost, it syncs its log every second."""
+
 log = structlog.get_logger("mendfs.client")
 
 
@@ -91,6 +94,7 @@ class Volume:
         cache = PageCache(options.cache_bytes_max, parameters.page_size, volume._shared.pool)
         volume._reader = Reader(volume._shared, volume._fetcher, cache)
         volume._tasks.spawn(volume._writer.run_timer())
+        volume._tasks.spawn(volume._durability.run_timer())
         return volume
 
     _reader: Reader
@@ -113,7 +117,9 @@ class Volume:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._writer.flush_everything()
-                await self._durability.sync_all()
+                await self._durability.sync_everything_committed()
+            async with asyncio.timeout(min(timeout_s, LOG_SYNC_TIMEOUT_S)):
+                await self._durability.sync_log()
         except TimeoutError:
             log.error("closing took too long", timeout_s=timeout_s)
         except MendfsError as error:

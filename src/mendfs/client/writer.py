@@ -7,6 +7,7 @@ needs no waiting; `write` waits where it says no: for room, for a truncation, fo
 
 import asyncio
 import errno
+from collections import deque
 
 import structlog
 
@@ -38,7 +39,8 @@ class Writer:
         self._committer = committer
         committer.on_ended = self._generation_ended
         committer.on_again = self._enqueue
-        self._queue: list[tuple[File, Generation]] = []
+        self._queue: deque[tuple[File, Generation]] = deque()
+        self._queued_bytes = 0
         self._uploading = 0
         self._uploading_bytes = 0
         self._dirty: dict[Inode, File] = {}
@@ -102,7 +104,7 @@ class Writer:
 
     def _make_room(self) -> None:
         """When most of the limit is held by slots that are still filling, upload those too."""
-        if 2 * (self._uploading_bytes + sum(g.buffer.covered for _, g in self._queue)) > self._shared.dirty.limit:
+        if 2 * (self._uploading_bytes + self._queued_bytes) > self._shared.dirty.limit:
             return
         for file in list(self._dirty.values()):
             if not file.lock.locked():
@@ -127,23 +129,21 @@ class Writer:
 
     def _enqueue(self, file: File, generation: Generation) -> None:
         self._queue.append((file, generation))
+        self._queued_bytes += generation.buffer.covered
         self._start_uploads()
 
     def _start_uploads(self) -> None:
-        started = 0
-        for file, generation in self._queue:
+        while self._queue:
             if self._uploading >= UPLOADS_MAX or (self._uploading and self._uploading_bytes >= UPLOADING_BYTES_MAX):
                 break
-            started += 1
-            if generation.done.done():
-                continue
+            file, generation = self._queue.popleft()
+            length = generation.buffer.covered
+            self._queued_bytes -= length
             self._uploading += 1
-            self._uploading_bytes += generation.buffer.covered
-            generation.task = self._shared.tasks.spawn(self._upload(file, generation))
-        del self._queue[:started]
+            self._uploading_bytes += length
+            generation.task = self._shared.tasks.spawn(self._upload(file, generation, length))
 
-    async def _upload(self, file: File, generation: Generation) -> None:
-        length = generation.buffer.covered
+    async def _upload(self, file: File, generation: Generation, length: int) -> None:
         try:
             await self._store(file, generation)
         except MendfsError as error:
@@ -238,10 +238,13 @@ class Writer:
                 self._shared.dirty.take(-buffer.cost)
                 generation.finish()
         file.dirty_end = min(file.dirty_end, size) if file.is_dirty else 0
+        if not file.is_dirty:
+            self._dirty.pop(file.inode, None)
 
     def session_lost(self) -> None:
         """The session's ids are void: what was not committed is lost, and its files say so."""
-        queue, self._queue = self._queue, []
+        self._queue.clear()
+        self._queued_bytes = 0
         for file in list(self._dirty.values()):
             file.ready.clear()
             error = SessionLost("the meta server ended the session before this file's data was committed")
@@ -249,4 +252,3 @@ class Writer:
                 if generation.task is not None:
                     generation.task.cancel()
                 self._committer.lost(file, generation, error)
-        del queue
