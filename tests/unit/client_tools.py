@@ -317,10 +317,10 @@ async def read_all(file: OpenFile, length_max: int = 1 << 22) -> bytes:
     return bytes(buffer[:count])
 
 
-async def contents(volume: Volume, inode: Inode) -> bytes:
+async def contents(volume: Volume, inode: Inode, length_max: int = 1 << 22) -> bytes:
     """What a new open of a file reads."""
     file = await volume.open_file(inode, flags=os.O_RDONLY)
     try:
-        return await read_all(file)
+        return await read_all(file, length_max)
     finally:
         await file.release()
