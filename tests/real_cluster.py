@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -107,6 +108,17 @@ class RealCluster:
         if process is not None:
             PROCESSES.signal(process, signal.SIGKILL)
             until(lambda: PROCESSES.identity(process.pid) != process, within_s=10)
+
+    def wait_serving(self, name: str) -> None:
+        """Until the child accepts connections."""
+        host, _, port = next(child.address for child in self.record().children if child.name == name).rpartition(":")
+
+        def accepts() -> bool:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+                return True
+            return False
+
+        until(accepts, within_s=30)
 
     def kill_supervisor(self) -> None:
         """kill -9 of the process that watches the others."""

@@ -18,6 +18,8 @@ SEED = int(os.environ.get("MENDFS_SEED", "0")) or random.SystemRandom().randrang
 WRITERS = 3
 PAUSE_MAX_S = 0.4
 """Longer than a restart takes, so that kills meet servers that serve, that start and that recover."""
+SERVING_SHARE = 0.8
+"""Kills of a server that had begun to serve; the others hit one that is starting, which is then started more slowly."""
 
 pytestmark = [needs_mounts, pytest.mark.timeout(120 + 20 * KILLS)]
 
@@ -122,7 +124,11 @@ def kill_under_load(cluster: RealCluster, choose: "list[str]") -> None:
         pause = threading.Event()
         for _ in range(KILLS):
             pause.wait(rng.random() * PAUSE_MAX_S)
-            cluster.kill(rng.choice(choose))
+            name = rng.choice(choose)
+            if rng.random() < SERVING_SHARE:
+                cluster.wait_serving(name)
+                pause.wait(rng.random() * PAUSE_MAX_S)
+            cluster.kill(name)
     finally:
         stop.set()
         for writer in writers:
