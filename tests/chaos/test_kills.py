@@ -112,7 +112,7 @@ class Writer(threading.Thread):
             assert hashlib.sha256(found).digest() == digest, f"{name}: {len(found)} bytes, other contents"
 
 
-def kill_under_load(cluster: RealCluster, choose: "list[str]") -> None:
+def kill_under_load(cluster: RealCluster, choose: list[str]) -> None:
     rng = random.Random(SEED)
     print(f"MENDFS_SEED={SEED}")
     cluster.up("--block-size", "256KiB")
@@ -137,6 +137,7 @@ def kill_under_load(cluster: RealCluster, choose: "list[str]") -> None:
     cluster.wait_all_up(60)
     for writer in writers:
         writer.check()
+        assert writer.acknowledged, "there was no load"
     # Once more, from the disks alone: caches dropped, all processes new.
     cluster.down()
     cluster.up()
