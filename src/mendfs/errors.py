@@ -6,6 +6,7 @@ in a `wire.messages.session.Failure`; `from_code` makes the error again on the o
 """
 
 import errno as errno_codes
+import functools
 import os
 from typing import ClassVar
 
@@ -174,6 +175,7 @@ class StoreDamaged(MendfsError):
     code = "store_damaged"
 
 
+@functools.cache
 def _family(root: type[MendfsError]) -> dict[str, type[MendfsError]]:
     found = {root.code: root}
     for child in root.__subclasses__():
