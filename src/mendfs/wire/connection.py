@@ -228,6 +228,10 @@ class Peer(FrameReader):
         if not self.remote_address:
             self.remote_address = name_of(transport)
         self._calls.remote = self.remote_address
+        if self._reason is not None:
+            # Given up before the transport was there.
+            self._transport.abort()
+            return
         if isinstance(self._handshake, Connecting):
             self._send_simple(REQUEST, 1, self._handshake.hello)
 

@@ -118,9 +118,12 @@ class Server:
     async def close(self) -> None:
         """Accept no more, end all connections and wait until the requests in them have ended."""
         await self._listener.close()
-        for stranger in list(self._strangers):
+        strangers = list(self._strangers)
+        for stranger in strangers:
             stranger.abort(Unreachable("the server stops"))
-        await asyncio.gather(*(peer.close() for peer in [*self._strangers, *self.peers]))
+        await asyncio.gather(
+            *(peer.close() for peer in self.peers), *(stranger.closed.wait() for stranger in strangers)
+        )
 
     def _make(self) -> Peer:
         peer = Peer(
