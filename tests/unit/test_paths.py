@@ -1,7 +1,6 @@
-"""Paths inside a volume: links, dots, slashes, and streams."""
+"""Paths inside a volume: links, dots and slashes."""
 
 import errno
-import os
 import stat
 
 import pytest
@@ -51,30 +50,3 @@ async def test_paths_lead_where_the_kernel_would_go() -> None:
             assert raised.value.errno == code, path
         with pytest.raises(UsageError):
             await paths.resolve(volume, "relative")
-
-
-async def test_files_are_written_and_read_in_streams() -> None:
-    async with cluster(block_size=1 << 20) as c:
-        volume = await c.client()
-        pieces = [os.urandom(700_000) for _ in range(4)]
-        assert await paths.write_file(volume, "/f", pieces) == 2_800_000
-        assert b"".join([piece async for piece in paths.read_file(volume, "/f")]) == b"".join(pieces)
-        await paths.write_file(volume, "/f", [b"short"])
-        assert [piece async for piece in paths.read_file(volume, "/f")] == [b"short"]
-        with pytest.raises(OperationError) as raised:
-            await paths.write_file(volume, "/f", [b"x"], exclusive=True)
-        assert raised.value.errno == errno.EEXIST
-        for path, code in {"/f/x": errno.ENOTDIR, "/f/": errno.ENOTDIR, "/": errno.EISDIR}.items():
-            with pytest.raises(OperationError) as raised:
-                _ = [piece async for piece in paths.read_file(volume, path)]
-            assert raised.value.errno == code, path
-
-
-async def test_a_directory_is_listed_whole() -> None:
-    async with cluster() as c:
-        volume = await c.client()
-        for number in range(5):
-            await directory(volume, 1, b"d%d" % number)
-        found = [entry async for entry in paths.list_directory(volume, Inode(1))]
-        assert [entry.name for entry in found] == [b"d0", b"d1", b"d2", b"d3", b"d4"]
-        assert all(entry.attributes is not None for entry in found)

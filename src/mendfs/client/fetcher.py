@@ -1,6 +1,7 @@
 """Verified pages of a block from whichever replica is best: replica choice, failover, hedging, read quorum, reports."""
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 from functools import partial
 
@@ -10,7 +11,7 @@ from mendfs.blocks import page_count
 from mendfs.client.cache import ChecksumCache
 from mendfs.client.shared import Shared
 from mendfs.errors import MendfsError, ReplicaError, Unreachable
-from mendfs.model import BlockId, ServerNumber
+from mendfs.model import BlockId, Entry, ServerNumber
 from mendfs.transfer import BlockRef, fetch_any, fetch_pages
 from mendfs.wire.messages.session import ReportReplica
 from mendfs.wire.peer import Peer
@@ -22,6 +23,9 @@ HEDGE_MIN_S = 0.02
 HEDGE_FACTOR = 4.0
 """Times the running mean: only the slowest few per cent of requests are sent twice."""
 HEDGE_MAX_S = 1.0
+BAD_FOR_S = 30.0
+"""How long a replica counts as bad after it failed: mending takes seconds."""
+BAD_MAX = 10_000
 
 
 class Fetcher:
@@ -30,6 +34,8 @@ class Fetcher:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._checksums = ChecksumCache()
+        self._bad: OrderedDict[tuple[ServerNumber, BlockId], float] = OrderedDict()
+        """Replicas that were missing or wrong, and when: asked last, and told of once, until they may be mended."""
 
     async def fetch(self, ref: BlockRef, first_page: int, count: int, into: memoryview) -> None:
         """Fill `into` with `count` pages from `first_page` on, verified. Raises AllReplicasFailed."""
@@ -43,18 +49,21 @@ class Fetcher:
         await asyncio.gather(self._fetch_any(order, ref, first_page, count, into), *compared)
 
     def _order(self, ref: BlockRef) -> list[ServerNumber]:
-        """The servers to ask, in this order: members that answer at random, then moving ones, then suspects."""
+        """The servers to ask, in this order: members that answer, at random; moving ones; suspects; known bad ones."""
         rows = self._shared.session.table.rows
         entries = list(rows[ref.partition])
         self._shared.world.rng.shuffle(entries)
         servers = self._shared.servers
 
-        def rank(number: ServerNumber, state: str) -> int:
-            if not servers.is_up(number):
+        def rank(entry: Entry) -> int:
+            if (entry.server, ref.block) in self._bad:
+                return 3
+            if not servers.is_up(entry.server):
                 return 2
-            return 0 if state == "member" else 1
+            return 0 if entry.state == "member" else 1
 
-        ranked = sorted(entries, key=lambda entry: rank(entry.server, entry.state))
+        self._forget_old()
+        ranked = sorted(entries, key=rank)
         return [entry.server for entry in ranked]
 
     async def _fetch_any(
@@ -128,6 +137,11 @@ class Fetcher:
         server = self._shared.servers.get(number)
         return server.connected or server.peer()
 
+    def _forget_old(self) -> None:
+        oldest_s = asyncio.get_running_loop().time() - BAD_FOR_S
+        while self._bad and (len(self._bad) > BAD_MAX or next(iter(self._bad.values())) < oldest_s):
+            self._bad.popitem(last=False)
+
     async def _peer(self, number: ServerNumber) -> Peer:
         return await self._shared.servers.get(number).peer()
 
@@ -138,5 +152,8 @@ class Fetcher:
             if server is not None:
                 server.failed(error)
             return
+        if (number, block) in self._bad:
+            return
+        self._bad[number, block] = asyncio.get_running_loop().time()
         log.warning("replica not usable, reading another", server=number, block=block, reason=str(error))
         self._shared.session.push(ReportReplica(number, block, f"{error.code}: {error}"))

@@ -1,19 +1,17 @@
-"""Absolute POSIX paths over a volume, for the command line: resolve with symbolic links, read and write in streams."""
+"""Absolute POSIX paths over a volume, for the command line: names, `.` and `..`, symbolic links, listings."""
 
 import errno
 import os
 import stat
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
-from mendfs.client.open_file import OpenFile
 from mendfs.client.volume import Volume
 from mendfs.errors import OperationError, UsageError
-from mendfs.model import NAME_BYTES_MAX, PATH_BYTES_MAX, ROOT_INODE, Attributes, Inode, MiB
+from mendfs.model import NAME_BYTES_MAX, PATH_BYTES_MAX, ROOT_INODE, Attributes, Inode
 from mendfs.wire.messages.meta import DirectoryEntry
 
 LINKS_MAX = 40
 """Symbolic links followed in one path, as in Linux."""
-CHUNK_BYTES = MiB
 LIST_LIMIT = 500
 """Names asked for at once."""
 
@@ -97,66 +95,3 @@ async def list_directory(volume: Volume, inode: Inode) -> AsyncIterator[Director
         if listing.complete or not listing.entries:
             return
         after = listing.entries[-1].name
-
-
-async def read_file(volume: Volume, path: str) -> AsyncIterator[bytes]:
-    """The contents of a file, a MiB at a time. Raises EISDIR, EINVAL for what holds none."""
-    found = await resolve(volume, path)
-    _check_regular(found, path)
-    file = await volume.open_file(found.inode, flags=os.O_RDONLY)
-    try:
-        buffer = bytearray(CHUNK_BYTES)
-        offset = 0
-        while count := await file.read_into(memoryview(buffer), offset):
-            yield bytes(memoryview(buffer)[:count])
-            offset += count
-    finally:
-        await file.release()
-
-
-def _check_regular(attributes: Attributes, path: str) -> None:
-    if stat.S_ISDIR(attributes.mode):
-        raise OperationError(errno.EISDIR, path)
-    if not stat.S_ISREG(attributes.mode):
-        raise OperationError(errno.EINVAL, f"{path} is no regular file")
-
-
-async def open_for_writing(volume: Volume, path: str, *, mode: int, uid: int, gid: int, exclusive: bool) -> OpenFile:
-    """The file at `path`, empty: made, or truncated. With `exclusive`, EEXIST if there is one."""
-    parent, name = await resolve_parent(volume, path)
-    try:
-        made = await volume.make(parent.inode, name, stat.S_IFREG | mode, uid=uid, gid=gid, open=True)
-    except OperationError as error:
-        if error.errno != errno.EEXIST or exclusive:
-            raise OperationError(error.errno, path) from error
-    else:
-        return await volume.open_made(made, flags=os.O_WRONLY)
-    found = await resolve(volume, path)
-    _check_regular(found, path)
-    return await volume.open_file(found.inode, flags=os.O_WRONLY | os.O_TRUNC)
-
-
-async def write_file(
-    volume: Volume,
-    path: str,
-    pieces: AsyncIterator[bytes] | Iterable[bytes],
-    *,
-    mode: int = 0o644,
-    uid: int = 0,
-    gid: int = 0,
-    exclusive: bool = False,
-) -> int:
-    """Make or replace a file's contents from `pieces`; returns its size. It is on W servers and committed then."""
-    file = await open_for_writing(volume, path, mode=mode, uid=uid, gid=gid, exclusive=exclusive)
-    offset = 0
-    try:
-        if isinstance(pieces, AsyncIterator):
-            async for piece in pieces:
-                offset += await file.write(piece, offset)
-        else:
-            for piece in pieces:
-                offset += await file.write(piece, offset)
-        await file.flush()
-    finally:
-        await file.release()
-    return offset
