@@ -543,3 +543,17 @@ async def test_data_that_every_server_lost_before_its_fsync_is_an_error() -> Non
             await file.write(b"y" * 1000, 0)
             await file.fsync()
         assert await contents(await c.client(), file.inode) == b"y" * 1000
+
+
+async def test_a_missing_replica_is_asked_once_and_then_last() -> None:
+    async with cluster(block_size=1 << 20, page_size=4096) as c:
+        volume = await c.client()
+        file = await write_file(volume, b"f", os.urandom(1 << 20))
+        await file.flush()
+        c.stores[next(number for number in range(4) if c.stores[number].blocks)].blocks.clear()
+        reader = await (await c.client()).open_file(file.inode, flags=os.O_RDONLY)
+        buffer = bytearray(100)
+        before = sum(store.gets for store in c.stores)
+        for page in range(200, 0, -2):
+            assert await reader.read_into(memoryview(buffer), page * 4096) == 100
+        assert sum(store.gets for store in c.stores) - before <= 110, "one refusal, hedges aside"

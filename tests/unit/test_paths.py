@@ -50,3 +50,19 @@ async def test_paths_lead_where_the_kernel_would_go() -> None:
             assert raised.value.errno == code, path
         with pytest.raises(UsageError):
             await paths.resolve(volume, "relative")
+
+
+async def test_a_path_is_split_at_its_last_name_and_directories_are_listed_whole() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        a = await directory(volume, 1, b"a")
+        for number in range(5):
+            await directory(volume, a, b"d%d" % number)
+        parent, name = await paths.resolve_parent(volume, "/a/./new")
+        assert (parent.inode, name) == (a, b"new")
+        for path in ("/", "/a/.."):
+            with pytest.raises(UsageError):
+                await paths.resolve_parent(volume, path)
+        found = [entry async for entry in paths.list_directory(volume, a)]
+        assert [entry.name for entry in found] == [b"d0", b"d1", b"d2", b"d3", b"d4"]
+        assert all(entry.attributes is not None for entry in found)
