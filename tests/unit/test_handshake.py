@@ -49,8 +49,16 @@ def test_the_servers_own_proof_sent_back_to_it_proves_nothing() -> None:
         accepting.take(Proof(welcome.proof))
 
 
+def test_a_role_that_was_changed_on_the_way_is_refused() -> None:
+    """Deletions are obeyed by role: nobody in between may turn a client into a meta server."""
+    accepting, connecting = sides()
+    welcome = welcomed(accepting, msgspec.structs.replace(connecting.hello, role="meta"))
+    with pytest.raises(NotAuthentic):
+        connecting.take(welcome)
+
+
 def test_every_part_of_a_welcome_is_proved() -> None:
-    for change in ({"volume": "other"}, {"nonce": bytes(32)}, {"proof": bytes(32)}, {"proof": b""}):
+    for change in ({"volume": "other"}, {"role": "meta"}, {"nonce": bytes(32)}, {"proof": bytes(32)}, {"proof": b""}):
         accepting, connecting = sides()
         welcome = welcomed(accepting, connecting.hello)
         with pytest.raises(NotAuthentic):

@@ -28,15 +28,18 @@ class Credentials:
     """The volume's id; empty: not known yet, any will do."""
 
 
-def _prove(secret: bytes, label: str, *, version: int, volume: str, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    # Every part has a fixed length or its length before it, so no two different handshakes give the same text.
-    name = volume.encode()
-    parts = (label.encode().ljust(8, b"\0"), bytes((version, len(name))), name, client_nonce, server_nonce)
-    return hmac.new(secret, b"".join(parts), hashlib.sha256).digest()
+def _prove(secret: bytes, label: str, hello: Hello, *, version: int, role: str, volume: str, nonce: bytes) -> bytes:
+    # Every part has a fixed length or its length before it, so no two different handshakes give the same text. Both
+    # roles are in it: who may order deletions is decided by the role.
+    parts = [label.encode().ljust(8, b"\0"), bytes((version,))]
+    for text in (volume, hello.role, role):
+        raw = text.encode()
+        parts += [bytes((len(raw),)), raw]
+    return hmac.new(secret, b"".join((*parts, hello.nonce, nonce)), hashlib.sha256).digest()
 
 
 def _check_text(role: str, volume: str, nonce: bytes) -> None:
-    if len(nonce) != NONCE_BYTES or len(role) > TEXT_LENGTH_MAX or len(volume.encode()) > TEXT_LENGTH_MAX:
+    if len(nonce) != NONCE_BYTES or len(role.encode()) > TEXT_LENGTH_MAX or len(volume.encode()) > TEXT_LENGTH_MAX:
         raise BadFrame("a handshake with a field out of range")
 
 
@@ -72,10 +75,11 @@ class Connecting:
             return _prove(
                 credentials.secret,
                 label,
+                self.hello,
                 version=welcome.version,
+                role=welcome.role,
                 volume=welcome.volume,
-                client_nonce=self.hello.nonce,
-                server_nonce=welcome.nonce,
+                nonce=welcome.nonce,
             )
 
         if not hmac.compare_digest(prove("server"), welcome.proof):
@@ -118,10 +122,11 @@ class Accepting:
         proof = _prove(
             self._credentials.secret,
             "server",
+            hello,
             version=VERSION,
+            role=self._role,
             volume=volume,
-            client_nonce=hello.nonce,
-            server_nonce=nonce,
+            nonce=nonce,
         )
         self._welcome = Welcome(version=VERSION, role=self._role, volume=volume, nonce=nonce, proof=proof)
         return self._welcome
@@ -130,10 +135,11 @@ class Accepting:
         expected = _prove(
             self._credentials.secret,
             "client",
+            hello,
             version=welcome.version,
+            role=welcome.role,
             volume=welcome.volume,
-            client_nonce=hello.nonce,
-            server_nonce=welcome.nonce,
+            nonce=welcome.nonce,
         )
         if self.is_done or not hmac.compare_digest(expected, proof.proof):
             raise NotAuthentic("the caller does not know the secret of this cluster")

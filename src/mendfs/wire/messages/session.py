@@ -36,7 +36,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome", forbid_unknown_fields=
     volume: str
     nonce: bytes
     proof: bytes
-    """HMAC-SHA-256 over the label "server", version, volume and both nonces, keyed with the cluster's secret."""
+    """HMAC-SHA-256 over the label "server", version, volume, both roles and nonces; the key is the secret."""
 
 
 class Proof(msgspec.Struct, frozen=True, tag="proof", forbid_unknown_fields=True):
