@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import subprocess
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import pytest
 from tests.real_cluster import cluster
 
 __all__ = ["cluster"]
+
+# Some tests serve a mount from a thread of this very process. A vfork holds the interpreter's lock until the child has
+# replaced itself; a child that touches the mount before (to close a file of it, or to enter it) would wait for ever.
+subprocess._USE_VFORK = False  # type: ignore[misc]  # the documented switch (subprocess, "vfork")
 
 
 @pytest.hookimpl(tryfirst=True)
