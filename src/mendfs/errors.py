@@ -175,7 +175,6 @@ class StoreDamaged(MendfsError):
     code = "store_damaged"
 
 
-@functools.cache
 def _family(root: type[MendfsError]) -> dict[str, type[MendfsError]]:
     found = {root.code: root}
     for child in root.__subclasses__():
@@ -183,9 +182,14 @@ def _family(root: type[MendfsError]) -> dict[str, type[MendfsError]]:
     return found
 
 
+@functools.cache
+def _by_code() -> dict[str, type[MendfsError]]:
+    return _family(MendfsError)
+
+
 def from_code(code: str, text: str, errno: int) -> MendfsError:
     """The error that travelled as (`code`, `text`, `errno`); an unknown code becomes a plain MendfsError."""
-    kind = _family(MendfsError).get(code, MendfsError)
+    kind = _by_code().get(code, MendfsError)
     if kind is AppendMoved:
         return AppendMoved(text)
     error = kind.__new__(kind)
