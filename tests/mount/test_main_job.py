@@ -32,7 +32,8 @@ def tree(tmp_path: Path) -> Path:
     library = next(iter(sorted(Path("/usr/lib").glob("python3.[0-9]*"))), Path(sysconfig.get_path("stdlib")))
     made = tmp_path / "tree"
     made.mkdir()
-    for name in ["."] if IS_WHOLE else [name for name in PACKAGES if (library / name).is_dir()]:
+    everything = sorted(set(os.listdir(library)) - {"site-packages", "dist-packages"})
+    for name in everything if IS_WHOLE else PACKAGES:
         run("cp", "-a", library / name, made / name)
     (made / "link").symlink_to("asyncio/base_events.py")
     (made / "dangling").symlink_to("nowhere")
