@@ -1,8 +1,6 @@
 """The volume's own keys: its parameters, the generation, the placement table and its epoch, the servers."""
 
 import stat
-from collections.abc import Iterable
-
 from mendfs.errors import UsageError
 from mendfs.kv.engine import Engine, Transaction, run
 from mendfs.meta import schema
@@ -12,7 +10,6 @@ from mendfs.model import (
     CommitSequence,
     Epoch,
     Generation,
-    Inode,
     Partition,
     Row,
     ServerNumber,
@@ -138,8 +135,3 @@ async def count_inodes(engine: Engine, limit: int) -> int:
     """Inodes of the volume, up to `limit`."""
     begin, end = schema.all_of(schema.Kind.INODE)
     return len(await engine.begin().range(begin, end, limit=limit))
-
-
-def names(inodes: Iterable[Inode]) -> str:
-    """Inodes for a log line."""
-    return ", ".join(str(inode) for inode in inodes)
