@@ -1,6 +1,7 @@
 """The volume's own keys: its parameters, the generation, the placement table and its epoch, the servers."""
 
 import stat
+
 from mendfs.errors import UsageError
 from mendfs.kv.engine import Engine, Transaction, run
 from mendfs.meta import schema
