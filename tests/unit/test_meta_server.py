@@ -318,3 +318,15 @@ async def test_a_lost_connection_makes_a_server_suspect_and_silence_makes_it_dow
 async def test_a_meta_server_without_a_volume_says_what_to_do() -> None:
     with pytest.raises(UsageError, match="mendfs format"):
         await start_meta(new_world(), await MemoryEngine.open(None, None), MetaOptions(listen="127.0.0.1:0"), SECRET)
+
+
+async def test_background_work_that_fails_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answering on without leases and syncs would acknowledge what nobody makes durable."""
+
+    async def breaks(state: Any) -> None:
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(background, "LOOPS", (breaks, background.sync_forever))
+    async with running() as cluster:
+        error = await asyncio.wait_for(asyncio.shield(cluster.server.state.failed), 5)
+        assert "a mistake of ours" in str(error)

@@ -9,7 +9,7 @@ import asyncio
 
 import structlog
 
-from mendfs.errors import Conflict, EngineFailed, Fenced, MendfsError
+from mendfs.errors import Conflict, Fenced, MendfsError
 from mendfs.kv.engine import Transaction, run
 from mendfs.meta import freeing, truncate
 from mendfs.meta.members import TICK_S
@@ -194,12 +194,15 @@ LOOPS = (tick_forever, sync_forever, free_forever, purge_forever)
 
 
 async def run_loops(state: State) -> None:
-    """All loops until cancelled. An engine that fails ends the server, not only the loop that met it."""
+    """All loops until cancelled. One that fails ends the server, whatever the cause.
+
+    A server that went on answering without leases, clocks or syncs would acknowledge what nobody makes durable.
+    """
     try:
         async with asyncio.TaskGroup() as group:
             for loop in LOOPS:
                 group.create_task(loop(state), name=loop.__name__)
-    except* EngineFailed as failures:
+    except* Exception as failures:
         error = failures.exceptions[0]
-        assert isinstance(error, EngineFailed)
-        state.fail(error)
+        log.error("background work failed", exc_info=error)
+        state.fail(error if isinstance(error, MendfsError) else MendfsError(f"background work failed: {error!r}"))

@@ -47,8 +47,8 @@ class State:
         """The table's epoch, 0 before there is one."""
         return Epoch(0) if self.table is None else self.table.epoch
 
-    def fail(self, error: EngineFailed) -> None:
-        """The engine cannot be trusted any more."""
+    def fail(self, error: MendfsError) -> None:
+        """The engine cannot be trusted any more, or the background work has ended: this life of the server is over."""
         if not self.failed.done():
             self.failed.set_result(error)
 
