@@ -13,6 +13,7 @@ from mendfs.errors import DeadlineExceeded, MendfsError, OperationError
 from mendfs.meta import background
 from mendfs.model import Inode
 from mendfs.wire.messages.meta import ListDirectory, Listing
+from mendfs.wire.peer import connect
 from tests.unit.client_tools import Cluster, Proxy, cluster, contents, read_all, until, write_file
 
 
@@ -206,3 +207,25 @@ async def test_after_the_meta_server_lost_changes_files_that_lost_some_say_so() 
         with pytest.raises(MendfsError):
             await file.fsync()
         await file.fsync()
+
+
+async def test_an_unforeseen_error_while_reconnecting_does_not_leave_callers_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when the event loop raised a ValueError for a connection that ended at once: the mount hung for ever."""
+    async with proxied() as (c, proxy):
+        volume = await c.client(proxy.address)
+        real, failures = connect, 0
+
+        async def breaks_once(*args: object, **kwargs: object) -> object:
+            nonlocal failures
+            failures += 1
+            if failures == 1:
+                raise RuntimeError("unforeseen")
+            return await real(*args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(sessions, "connect", breaks_once)
+        proxy.cut()
+        async with asyncio.timeout(10):
+            await volume.make(Inode(1), b"after", stat.S_IFREG | 0o644, uid=0, gid=0)
+        assert failures >= 2

@@ -246,6 +246,16 @@ class Session:
     # --- staying connected ------------------------------------------------------------------------------------
 
     async def _keep_connected(self) -> None:
+        while not self._is_ending:
+            try:
+                await self._connect_again_and_again()
+            except Exception as error:
+                # A mistake of ours, said with all we know. Ending here would leave every caller waiting for ever.
+                log.error("staying connected failed, trying again", exc_info=error)
+                self._peer = None
+                await asyncio.sleep(BACKOFF_MAX_S)
+
+    async def _connect_again_and_again(self) -> None:
         backoff_s = BACKOFF_MIN_S
         while not self._is_ending:
             try:
