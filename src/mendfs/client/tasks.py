@@ -15,22 +15,22 @@ class Tasks:
     """Background tasks of one volume. An exception that escapes one is logged: it is a mistake of ours."""
 
     def __init__(self) -> None:
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: dict[asyncio.Task[Any], None] = {}
 
     def spawn(self, work: Coroutine[Any, Any, Any], *, is_awaited: bool = False) -> asyncio.Task[Any]:
         """Run `work` until it ends or the volume is closed; with `is_awaited` its errors are for whoever waits."""
         task = asyncio.get_running_loop().create_task(work, name=getattr(work, "__qualname__", None))
-        self._running.add(task)
+        self._running[task] = None
         task.add_done_callback(self._forget if is_awaited else self._ended)
         return task
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
+        self._running.pop(task, None)
         if not task.cancelled():
             task.exception()  # marks it as seen: whoever waits for the task gets it
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
+        self._running.pop(task, None)
         if task.cancelled() or (error := task.exception()) is None:
             return
         if isinstance(error, MendfsError):
@@ -51,11 +51,12 @@ class Changes:
     """Something others wait for to change. `wait` returns at the next `notify`, or after the timeout."""
 
     def __init__(self) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
+        # In the order of their coming: a set of futures has the order of their addresses, another one in each run.
+        self._waiters: dict[asyncio.Future[None], None] = {}
 
     def notify(self) -> None:
         """Wake everyone who waits now."""
-        waiters, self._waiters = self._waiters, set()
+        waiters, self._waiters = self._waiters, {}
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -63,12 +64,12 @@ class Changes:
     def future(self) -> "asyncio.Future[None]":
         """Done at the next `notify`. Hand it to `forget` when nobody waits for it any more."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         return waiter
 
     def forget(self, waiter: "asyncio.Future[None]") -> None:
         """Nobody waits for `waiter` any more."""
-        self._waiters.discard(waiter)
+        self._waiters.pop(waiter, None)
 
     async def wait(self, timeout_s: float | None) -> None:
         """Until the next `notify`, or `timeout_s`."""

@@ -1,7 +1,6 @@
 """Standing with the meta server: register, send heartbeats, reconnect for ever. It calls back over this connection."""
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -101,8 +100,3 @@ class Registration:
         if not isinstance(answer, messages.Registered | messages.HeartbeatSeen):
             raise Unreachable(f"{self._meta} answered {type(answer).__name__}: is it a meta server?")
         return answer
-
-
-def process_id() -> int:
-    """Ours."""
-    return os.getpid()

@@ -14,7 +14,7 @@ import structlog
 from mendfs.blocks import RULES
 from mendfs.data.folder import Folder
 from mendfs.data.opening import StoreOptions, open_store
-from mendfs.data.registration import Registration, process_id
+from mendfs.data.registration import Registration
 from mendfs.data.schema import Fence
 from mendfs.data.store import Store
 from mendfs.data.syncing import draw_incarnation
@@ -157,7 +157,7 @@ class DataServer:
             address=self._options.advertise or self.address,
             zone=self._options.zone,
             incarnation=self._incarnation,
-            pid=process_id(),
+            pid=self._world.pid,
             capacity=self._options.capacity,
             wanted_number=None if wanted is None else ServerNumber(wanted),
             highest_generation=Generation(0) if self.store is None else self.store.highest_generation,
@@ -309,7 +309,7 @@ class DataServer:
         return messages.InventorySums(await store.inventory(message.partitions), incarnation)
 
     async def _health_report(self, peer: Peer, message: messages.GetHealth) -> messages.HealthReport:
-        return messages.HealthReport(self._incarnation, self._health(), process_id())
+        return messages.HealthReport(self._incarnation, self._health(), self._world.pid)
 
 
 def _check_count(count: int, most: int) -> None:

@@ -5,6 +5,7 @@ package is the only place that opens files, sockets or processes (`kv/rocks.py` 
 named exceptions).
 """
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ class World(msgspec.Struct, frozen=True):
     rng: random.Random
     now_ns: Callable[[], int]
     """Wall clock for the times that files carry, in nanoseconds since 1970. Durations are the event loop's."""
+    pid: int = 0
+    """This process's number, for people: `status` shows it."""
 
 
 def real_world() -> World:
@@ -30,4 +33,4 @@ def real_world() -> World:
     from mendfs.world.local_disk import LocalDisk
     from mendfs.world.tcp import TcpNetwork
 
-    return World(TcpNetwork(), LocalDisk(), random.SystemRandom(), time.time_ns)
+    return World(TcpNetwork(), LocalDisk(), random.SystemRandom(), time.time_ns, os.getpid())
