@@ -169,6 +169,12 @@ class EngineFailed(MendfsError):
     code = "engine_failed"
 
 
+class EngineUnreadable(EngineFailed):
+    """Something stored cannot be read (a damaged block, no descriptor): this request fails, others may go on."""
+
+    code = "engine_unreadable"
+
+
 class StoreDamaged(MendfsError):
     """A stored file cannot be what we wrote. Says which, where, and what can still be done."""
 

@@ -4,6 +4,7 @@ import posixpath
 from collections.abc import Awaitable, Callable
 
 import msgspec
+import structlog
 
 from mendfs.data import inventory
 from mendfs.data.append import AppendLog
@@ -14,10 +15,13 @@ from mendfs.data.segment import Segments
 from mendfs.data.store import Store
 from mendfs.data.syncing import Syncing
 from mendfs.data.watch import Watch
-from mendfs.errors import StoreFailed
+from mendfs.errors import StoreDamaged, StoreFailed
 from mendfs.kv.engine import Engine
 from mendfs.model import MiB, Volume
 from mendfs.world import World
+from mendfs.world.disk import Disk
+
+log = structlog.get_logger("data")
 
 
 class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +55,7 @@ async def open_store(
     try:
         await watch.run(disk.make_directories, segments.folder)
         await watch.run(watch.measure_room)
-        index = Index(await open_engine(posixpath.join(folder, "index")), volume)
+        index = Index(await _open_engine(disk, watch, open_engine, posixpath.join(folder, "index")), volume)
         try:
             recovered = await Recovery(
                 segments, index, watch, volume=volume, server=server, segment_bytes=segment_bytes
@@ -81,3 +85,26 @@ async def open_store(
     store = Store(volume, index, watch, segments, appending, syncing, highest)
     store.recovered_without_index = not recovered.report.index_was_whole
     return store
+
+
+async def _open_engine(
+    disk: Disk, watch: Watch, open_engine: Callable[[str], Awaitable[Engine]], path: str
+) -> Engine:
+    """The index's engine. A damaged one is emptied, for the segments hold all that it knew: recovery makes it again."""
+    try:
+        return await open_engine(path)
+    except StoreDamaged as error:
+        log.error("the index is damaged, making it again from the segments", error=str(error))
+        await watch.run(_empty, disk, path)
+        return await open_engine(path)
+
+
+def _empty(disk: Disk, path: str) -> None:
+    try:
+        names = disk.names(path)
+    except NotADirectoryError:
+        disk.unlink(path)
+        return
+    for name in names:
+        disk.unlink(posixpath.join(path, name))
+    disk.sync_directory(path)

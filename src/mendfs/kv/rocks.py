@@ -6,17 +6,16 @@ This is one of the two modules outside `world` that touch the disk: RocksDB brin
 
 import asyncio
 import os
-import struct
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 from rocksdict import BlockBasedOptions, Cache, DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch, WriteOptions
 
-from mendfs.errors import EngineFailed, StoreDamaged, UsageError
+from mendfs.errors import EngineFailed, EngineUnreadable, MendfsError
+from mendfs.kv import rocks_files
 from mendfs.kv.optimistic import SEQUENCE_KEY, OptimisticEngine, Pairs, Writes
+from mendfs.kv.rocks_files import SEQUENCE, Mark
 from mendfs.model import KiB, MiB
 
-_SEQUENCE = struct.Struct(">Q")
 _BLOOM_BITS_PER_KEY = 10
 _OPEN_FILES_MAX = 128
 """Tables of 64 MiB: enough for 8 GiB of metadata; more are opened and closed as needed."""
@@ -25,10 +24,11 @@ _OPEN_FILES_MAX = 128
 class RocksEngine(OptimisticEngine):
     """See `kv.engine.Engine`. One process at a time may have the folder open."""
 
-    def __init__(self, path: str, database: Rdict, last_sequence: int) -> None:
+    def __init__(self, path: str, database: Rdict, mark: Mark, last_sequence: int) -> None:
         super().__init__(last_sequence)
         self._path = path
         self._database = database
+        self._mark = mark
         self._get = database.get
         self._options = WriteOptions()
         # One thread: there is never more than one sync under way, and flush_wal lets the interpreter go on.
@@ -36,36 +36,48 @@ class RocksEngine(OptimisticEngine):
 
     @classmethod
     async def open(cls, path: str, *, cache_bytes: int = 32 * MiB, write_buffer_bytes: int = 16 * MiB) -> "RocksEngine":
-        """Open the database in the folder `path`, made if missing. Raises UsageError if it is in use, StoreDamaged."""
-        options = _options(cache_bytes, write_buffer_bytes)
-        database, sequence = await asyncio.get_running_loop().run_in_executor(None, _open, path, options)
-        return cls(path, database, sequence)
+        """Open the database in the folder `path`, made if missing.
+
+        Raises UsageError if it is in use, StoreDamaged, and EngineFailed for what may pass: a full disk, say.
+        """
+        loop = asyncio.get_running_loop()
+        return cls(path, *await loop.run_in_executor(None, _open, path, cache_bytes, write_buffer_bytes))
 
     def read(self, key: bytes) -> bytes | None:
         """The committed value."""
         try:
             value: bytes | None = self._get(key)
         except Exception as error:  # rocksdict raises no narrower class
-            raise self._failed("cannot be read", error) from None
+            raise self._unreadable(error) from None
         return value
 
     def read_range(self, begin: bytes, end: bytes, limit: int, reverse: bool) -> Pairs:
         """Up to `limit` committed pairs with begin <= key < end."""
         # The bounds are set for RocksDB too: else it would walk over whatever was deleted beyond them (a freed queue
-        # can leave 100,000 tombstones) to find a pair that nobody asked for.
+        # can leave 100,000 tombstones) to find a pair that nobody asked for. The lower one cannot be (rocksdict 0.3.29
+        # sets the upper bound when asked for the lower one), so that end is compared here.
         bounds = ReadOptions()
         bounds.set_iterate_upper_bound(end)
+        pairs: Pairs = []
         try:
             # The iterator is a snapshot and pins memory, so it does not outlive this call.
-            start = end if reverse else begin
-            found = self._database.items(backwards=reverse, from_key=start, read_opt=bounds)
-            pairs: Pairs = list(islice(found, limit))  # type: ignore[arg-type]  # raw mode: keys are bytes
+            found = self._database.iter(bounds)
+            step = found.prev if reverse else found.next
+            if reverse:
+                found.seek_to_last()
+            else:
+                found.seek(begin)
+            while len(pairs) < limit and found.valid():
+                key: bytes = found.key()
+                if key < begin:
+                    break
+                pairs.append((key, found.value()))
+                step()
+            if len(pairs) < limit:
+                # An iterator that meets a damaged block just ends: only this tells a short range from a lost one.
+                found.status()
         except Exception as error:  # rocksdict raises no narrower class
-            raise self._failed("cannot be read", error) from None
-        if reverse:
-            # rocksdict 0.3.29 sets the upper bound when asked for the lower one, so that end is cut here.
-            while pairs and pairs[-1][0] < begin:
-                pairs.pop()
+            raise self._unreadable(error) from None
         return pairs
 
     def write(self, writes: Writes, sequence: int) -> None:
@@ -76,15 +88,17 @@ class RocksEngine(OptimisticEngine):
                 batch.delete(key)
             else:
                 batch.put(key, value)
-        batch.put(SEQUENCE_KEY, _SEQUENCE.pack(sequence))
+        # The last one in the batch: rocks_files finds it there.
+        batch.put(SEQUENCE_KEY, SEQUENCE.pack(sequence))
         try:
             self._database.write(batch, self._options)
         except Exception as error:  # rocksdict raises no narrower class
             raise self._failed("cannot be written", error) from None
 
     async def sync_log(self) -> None:
-        """One flush_wal with sync, in the thread."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._flush)
+        """One flush_wal with sync, in the thread, and the mark after it."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._flush, self._last, loop.time())
 
     async def release(self) -> None:
         """Close the database, which writes its tables. Raises EngineFailed; what was synced is in the log."""
@@ -95,18 +109,26 @@ class RocksEngine(OptimisticEngine):
 
     def _close(self) -> None:
         try:
-            self._database.close()
+            try:
+                self._database.close()
+            finally:
+                self._mark.close()
         except Exception as error:  # rocksdict raises no narrower class
             raise self._failed("cannot be closed", error) from None
 
-    def _flush(self) -> None:
+    def _flush(self, sequence: int, at_s: float) -> None:
         try:
             self._database.flush_wal(True)
+            self._mark.write(sequence, at_s)
         except Exception as error:  # rocksdict raises no narrower class
             raise self._failed("cannot be synced", error) from None
 
     def _failed(self, what: str, error: Exception) -> EngineFailed:
-        return EngineFailed(f"the database in {self._path} {what}: {_one_line(error)}")
+        return EngineFailed(f"the database in {self._path} {what}: {rocks_files.remedy(rocks_files.one_line(error))}")
+
+    def _unreadable(self, error: Exception) -> EngineUnreadable:
+        text = rocks_files.remedy(rocks_files.one_line(error))
+        return EngineUnreadable(f"the database in {self._path} cannot be read: {text}")
 
 
 def _options(cache_bytes: int, write_buffer_bytes: int) -> Options:
@@ -136,31 +158,22 @@ def _options(cache_bytes: int, write_buffer_bytes: int) -> Options:
     return options
 
 
-def _open(path: str, options: Options) -> tuple[Rdict, int]:
+def _open(path: str, cache_bytes: int, write_buffer_bytes: int) -> tuple[Rdict, Mark, int]:
     try:
         if not os.path.exists(path):
             os.makedirs(path, mode=0o700)
-            _sync_directory(os.path.dirname(os.path.abspath(path)))
-        database = Rdict(path, options)
-        raw = database.get(SEQUENCE_KEY)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {path}: {error.strerror}") from None
-    except Exception as error:  # rocksdict raises no narrower class
-        text = _one_line(error)
-        if "lock" in text.lower():
-            raise UsageError(f"the database in {path} is in use: is another process running on it?") from None
-        raise StoreDamaged(f"the database in {path} does not open: {text}") from None
-    return database, _SEQUENCE.unpack(raw)[0] if raw else 0
-
-
-def _sync_directory(path: str) -> None:
-    # The folder's own name must survive a power cut; RocksDB syncs only what is in it.
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+            rocks_files.sync_directory(os.path.dirname(os.path.abspath(path)))
+        rocks_files.check(path, _options(cache_bytes, write_buffer_bytes))
+        database = Rdict(path, _options(cache_bytes, write_buffer_bytes))
+        try:
+            raw = database.get(SEQUENCE_KEY)
+            sequence: int = SEQUENCE.unpack(raw)[0] if raw else 0
+            # What was recovered from the log is in a new, synced table by now.
+            return database, Mark.open(path, sequence), sequence
+        except BaseException:
+            database.close()
+            raise
+    except MendfsError:
+        raise
+    except Exception as error:  # OSError, or rocksdict's, which has no narrower class
+        raise rocks_files.cannot_open(path, error) from None
