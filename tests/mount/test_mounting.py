@@ -12,7 +12,7 @@ import pytest
 
 from mendfs.errors import MendfsError, UsageError
 from mendfs.fuse import device
-from mendfs.fuse.device import MountFlags
+from mendfs.fuse.mount_options import MountFlags
 from mendfs.fuse.server import MountOptions, serve_mount
 from tests.mount.conftest import LoopThread, Mounted, Mounting
 from tests.mount.fake_volume import FakeVolume

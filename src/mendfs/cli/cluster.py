@@ -22,6 +22,20 @@ WriteQuorum = Annotated[int | None, typer.Option("--write-quorum", help="Copies 
 BasePort = Annotated[int | None, typer.Option("--base-port", help="First of the ports [default: some free ones].")]
 ReadQuorum = Annotated[int | None, typer.Option("--read-quorum", help="Copies that a read compares [default: 1].")]
 
+MountOptions = Annotated[
+    list[str] | None, typer.Option("-o", metavar="OPTIONS", help="As mount(8): ro, allow_other, noexec, ...")
+]
+
+
+def checked_mount_options(given: list[str] | None) -> str:
+    """What was said after -o, several times perhaps. Raises UsageError for an unknown word."""
+    from mendfs.fuse.device import is_root
+    from mendfs.fuse.mount_options import parse_mount_options
+
+    words = ",".join(given or ())
+    parse_mount_options(words, is_root=is_root())
+    return words
+
 
 def up(
     dir: options.Dir = "",
@@ -35,6 +49,7 @@ def up(
     write_quorum: WriteQuorum = None,
     read_quorum: ReadQuorum = None,
     mount: Annotated[str, typer.Option("--mount", metavar="MNT", help="Mount the volume at this folder.")] = "",
+    mount_options: MountOptions = None,
     base_port: Annotated[
         int | None, typer.Option("--base-port", help="First of the ports [default: free ones].")
     ] = None,
@@ -63,7 +78,11 @@ def up(
         read_quorum=read_quorum,
     )
     role = SupervisorChild(
-        dir=options.folder_of(dir), wishes=wishes, mount=absolute(mount) if mount else "", base_port=base_port
+        dir=options.folder_of(dir),
+        wishes=wishes,
+        mount=absolute(mount) if mount else "",
+        mount_options=checked_mount_options(mount_options),
+        base_port=base_port,
     )
     if detach:
         from mendfs.cli.foreground import start_detached

@@ -11,8 +11,6 @@ from mendfs.errors import UsageError
 
 Listen = Annotated[str, typer.Option("--listen", metavar="HOST:PORT", help="Where to listen.")]
 Folder = Annotated[str, typer.Option("--dir", metavar="DIR", help="The server's folder.")]
-MOUNT_OPTIONS = {"ro": True, "rw": False, "defaults": False, "_netdev": False}
-"""What may follow -o, and whether it makes the mount read-only."""
 
 
 def format(
@@ -114,20 +112,19 @@ def mount(
     secret_file: options.SecretFile = "",
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse every change.")] = False,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, until it is unmounted.")] = False,
-    extra: Annotated[str, typer.Option("-o", metavar="OPTIONS", help="As mount(8): ro, rw, ...")] = "",
+    mount_options: cluster.MountOptions = None,
 ) -> None:
-    """Mount a volume at the folder MNT."""
+    """Mount a volume at the folder MNT. An ordinary user needs fusermount3 for it, of the package fuse3."""
     from mendfs.cluster.child import MountChild
     from mendfs.fuse.device import absolute, check_mountpoint
 
-    for word in filter(None, extra.split(",")):
-        if word not in MOUNT_OPTIONS:
-            raise UsageError(f"mount option {word!r} is unknown: use {', '.join(sorted(MOUNT_OPTIONS))}")
-        read_only = read_only or MOUNT_OPTIONS[word]
+    words = cluster.checked_mount_options(mount_options)
     path = absolute(mountpoint)
-    check_mountpoint(path)
+    check_mountpoint(path, allow_nonempty="nonempty" in words.split(","))
     located = options.locate(meta, dir, secret_file)
-    role = MountChild(mountpoint=path, meta=located.meta, secret_path=located.secret_path, read_only=read_only)
+    role = MountChild(
+        mountpoint=path, meta=located.meta, secret_path=located.secret_path, read_only=read_only, options=words
+    )
     if foreground:
         _run_here(role)
     else:

@@ -51,6 +51,8 @@ class MountChild(msgspec.Struct, frozen=True, kw_only=True, tag="mount"):
     meta: str
     secret_path: str
     read_only: bool = False
+    options: str = ""
+    """As after `mount -o`: see `fuse.mount_options`."""
     allow_nonempty: bool = False
     """Mount over files that hide then: what was written to the bare folder while the mount was being restarted."""
     folder: str = ""
@@ -65,6 +67,8 @@ class SupervisorChild(msgspec.Struct, frozen=True, kw_only=True, tag="supervisor
     wishes: VolumeWishes = VolumeWishes()
     mount: str = ""
     """Absolute, or empty: no mount."""
+    mount_options: str = ""
+    """As after `mount -o`."""
     base_port: int | None = None
     """None: the ports of the last time, or some free ones."""
 

@@ -114,7 +114,12 @@ class ClusterFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise MendfsError(f"cannot read {self.inside('cluster.json')} ({error.strerror})") from error
+            remedy = (
+                ": the cluster is another user's, name it with --meta and --secret-file"
+                if isinstance(error, PermissionError)
+                else ""
+            )
+            raise MendfsError(f"cannot read {self.inside('cluster.json')} ({error.strerror}){remedy}") from error
         try:
             return msgspec.json.decode(raw, type=ClusterRecord)
         except msgspec.MsgspecError as error:
@@ -184,9 +189,12 @@ def read_secret(disk: Disk, path: str) -> bytes:
     try:
         secret = disk.read_file(path).strip()
     except OSError as error:
-        raise UsageError(
-            f"cannot read the cluster's secret in {path} ({error.strerror}): copy it from where the cluster was made"
-        ) from error
+        remedy = (
+            "only its owner may; ask them for a copy of your own, mode 0600"
+            if isinstance(error, PermissionError)
+            else "copy it from where the cluster was made"
+        )
+        raise UsageError(f"cannot read the cluster's secret in {path} ({error.strerror}): {remedy}") from error
     if len(secret) < SECRET_LENGTH_MIN:
         raise UsageError(f"the secret in {path} is shorter than {SECRET_LENGTH_MIN} bytes: copy the cluster's own")
     return secret

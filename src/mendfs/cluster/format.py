@@ -1,5 +1,7 @@
 """A new volume in a folder, for a meta server on a machine of its own: what `mendfs format` does."""
 
+import os
+
 from mendfs.cluster.folder import SECRET_BYTES, ClusterFolder
 from mendfs.cluster.parameters import VolumeWishes, new_volume
 from mendfs.errors import UsageError
@@ -23,7 +25,7 @@ async def format_folder(path: str, wishes: VolumeWishes) -> Volume:
         folder.write_secret(world.rng.randbytes(SECRET_BYTES))
     engine = await RocksEngine.open(folder.inside("meta"))
     try:
-        await format_volume(engine, volume, world)
+        await format_volume(engine, volume, world, uid=os.geteuid(), gid=os.getegid())
     finally:
         await engine.close()
     return volume

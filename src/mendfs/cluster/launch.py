@@ -35,7 +35,8 @@ async def prepare(
     if record is not None:
         await _clear(world, processes, folder, record, notice)
     if options.mount:
-        await world.disk.run(check_mountpoint, options.mount)
+        nonempty = "nonempty" in options.mount_options.split(",")
+        await world.disk.run(check_mountpoint, options.mount, allow_nonempty=nonempty)
     base_port = await _base_port(world, record, options, count=1 + volume.server_count)
     _secure(world, folder, is_new=record is None and not folder.holds_store())
     record = ClusterRecord(
@@ -47,7 +48,7 @@ async def prepare(
     )
     folder.write(record)
     folder.forget("stop.json", "unflushed.json", "stopped.json")
-    return Supervisor(world, processes, folder, record, _roles(folder, record), notice)
+    return Supervisor(world, processes, folder, record, _roles(folder, record, options), notice)
 
 
 def check_wishes(folder: ClusterFolder, options: SupervisorChild) -> None:
@@ -141,13 +142,19 @@ def _address(port: int) -> str:
     return f"{HOST}:{port}"
 
 
-def _roles(folder: ClusterFolder, record: ClusterRecord) -> list[Kept]:
+def _roles(folder: ClusterFolder, record: ClusterRecord, options: SupervisorChild) -> list[Kept]:
     """The meta server, the data servers and, if asked for, the mount; the heaviest to start comes first."""
     secret_path = folder.secret_path
     meta = MetaChild(dir=folder.inside("meta"), listen=record.meta, secret_path=secret_path, format=record.volume)
     kept = [Kept("meta", meta, record.meta)]
     if record.mount:
-        mount = MountChild(mountpoint=record.mount, meta=record.meta, secret_path=secret_path, folder=folder.path)
+        mount = MountChild(
+            mountpoint=record.mount,
+            meta=record.meta,
+            secret_path=secret_path,
+            options=options.mount_options,
+            folder=folder.path,
+        )
         kept.append(Kept("mount", mount, ""))
     for number in range(record.volume.server_count):
         address = _address(record.base_port + 1 + number)

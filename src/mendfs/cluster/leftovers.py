@@ -5,7 +5,6 @@ was killed.
 """
 
 import asyncio
-import os
 import signal
 from collections.abc import Sequence
 
@@ -68,14 +67,6 @@ async def clean_dead_mount(disk: Disk, path: str) -> None:
 def _clean_dead_mount(path: str) -> None:
     # Several may lie over one another, if supervisors were killed again and again.
     while (entry := device.find_mount(path)) is not None:
-        if entry.file_system != device.FILE_SYSTEM or not _is_dead(path):
+        if entry.file_system != device.FILE_SYSTEM or not device.is_dead(path):
             return
         device.unmount(path, detach=True)
-
-
-def _is_dead(path: str) -> bool:
-    try:
-        os.stat(path)
-    except OSError as error:
-        return error.errno in device.DEAD_MOUNT_ERRORS
-    return False

@@ -9,6 +9,8 @@ import socket
 import sys
 from collections.abc import Callable
 
+import msgspec
+
 from mendfs.cluster.child import (
     FLUSH_TIMEOUT_S,
     DataChild,
@@ -38,7 +40,7 @@ async def run_meta(role: MetaChild, stop: asyncio.Event, say: Say) -> None:
     world.disk.make_directories(role.dir)
     engine = await RocksEngine.open(role.dir)
     if role.format is not None and await read_volume(engine) is None:
-        await format_volume(engine, role.format, world)
+        await format_volume(engine, role.format, world, uid=os.geteuid(), gid=os.getegid())
     server = await start_meta(world, engine, MetaOptions(listen=role.listen), secret)
     say(Ready(server.address, server.state.volume))
     try:
@@ -79,15 +81,18 @@ async def run_data(role: DataChild, stop: asyncio.Event, say: Say) -> None:
 async def run_mount(role: MountChild, stop: asyncio.Event, say: Say) -> None:
     """Mount a volume until it is unmounted or asked to stop; then flush, and note what could not be."""
     from mendfs.client.volume import Volume, VolumeOptions
-    from mendfs.fuse.device import MountFlags
+    from mendfs.fuse.device import is_root
+    from mendfs.fuse.mount_options import MountFlags, parse_mount_options
     from mendfs.fuse.server import MountOptions, serve_mount
 
     world = real_world()
     secret = read_secret(world.disk, role.secret_path)
     name = f"{socket.gethostname()}:{role.mountpoint} (process {os.getpid()})"
-    options = VolumeOptions(meta=role.meta, name=name, read_only=role.read_only, open_timeout_s=OPEN_TIMEOUT_S)
+    flags = parse_mount_options(role.options, MountFlags(allow_nonempty=role.allow_nonempty), is_root=is_root())
+    if role.read_only:
+        flags = msgspec.structs.replace(flags, is_read_only=True)
+    options = VolumeOptions(meta=role.meta, name=name, read_only=flags.is_read_only, open_timeout_s=OPEN_TIMEOUT_S)
     volume = await Volume.open(world, options, secret)
-    flags = MountFlags(is_read_only=role.read_only, allow_nonempty=role.allow_nonempty)
     try:
         mount = await serve_mount(volume, role.mountpoint, MountOptions(flags=flags))
     except BaseException:

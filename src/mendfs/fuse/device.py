@@ -1,4 +1,6 @@
-"""Mounting and unmounting through the kernel's calls, and what belongs to a mount in /proc and /sys.
+"""Mounting and unmounting, and what belongs to a mount in /proc and /sys.
+
+Root does it by the kernel's calls, an ordinary user through fusermount3 (`fuse.fusermount`).
 
 Everything here blocks and is called from a thread: a path below our own mount that is touched from the event loop that
 serves it would wait for itself. What is mounted is read from /proc/self/mountinfo, which asks no file system.
@@ -9,45 +11,32 @@ import errno
 import os
 import re
 import stat
+import threading
 from typing import NamedTuple
 
-import msgspec
 import structlog
 
 from mendfs.errors import MendfsError, OperationError, UsageError
+from mendfs.fuse import fusermount
+from mendfs.fuse.mount_options import SUBTYPE, MountFlags, fusermount_words, mount_bits, mount_data
 
 log = structlog.get_logger("mendfs.fuse")
 
 DEVICE = "/dev/fuse"
-FILE_SYSTEM = "fuse.mendfs"
+FILE_SYSTEM = f"fuse.{SUBTYPE}"
 """What the mount table shows: type `fuse`, subtype `mendfs`."""
 
-MS_RDONLY = 1
-MS_NOSUID = 2
-MS_NODEV = 4
 MNT_FORCE = 1
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 PR_SET_IO_FLUSHER = 57
+ANSWER_S = 2.0
+"""A mount whose process has died is said to be so at once; one that lives may wait for its servers for a minute."""
 DEAD_MOUNT_ERRORS = {errno.ENOTCONN, errno.ECONNABORTED, errno.ESTALE}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
-
-
-class MountFlags(msgspec.Struct, frozen=True, kw_only=True):
-    """How the kernel treats the mount."""
-
-    is_read_only: bool = False
-    allow_other: bool = True
-    """Other users than root may use it; the kernel checks permissions by the files' modes."""
-    allow_suid: bool = False
-    """Honour set-user-id bits. Off: whoever can write to a data server's disk must not become root here."""
-    allow_devices: bool = False
-    """Let device files be opened. Off for the same reason; they can be made and kept all the same."""
-    allow_nonempty: bool = False
-    """Mount over a directory with files in it, which are hidden then."""
 
 
 class MountEntry(NamedTuple):
@@ -57,6 +46,8 @@ class MountEntry(NamedTuple):
     device: str
     """`major:minor`, as /sys/class/bdi calls it."""
     file_system: str
+    owner: int | None = None
+    """Who has mounted it, if it is a FUSE mount."""
 
 
 def _unescaped(field: bytes) -> str:
@@ -72,7 +63,13 @@ def mount_entries() -> list[MountEntry]:
     for line in lines:
         before, _, after = line.partition(b" - ")
         fields = before.split(b" ")
-        entries.append(MountEntry(_unescaped(fields[4]), fields[2].decode(), after.split(b" ")[0].decode()))
+        kind, _, options = after.split(b" ", 2)
+        owner = re.search(rb"\buser_id=(\d+)", options)
+        entries.append(
+            MountEntry(
+                _unescaped(fields[4]), fields[2].decode(), kind.decode(), None if owner is None else int(owner[1])
+            )
+        )
     return entries
 
 
@@ -93,7 +90,7 @@ def check_mountpoint(path: str, *, allow_nonempty: bool = False) -> str:
     mountpoint = absolute(path)
     entry = find_mount(mountpoint)
     if entry is not None:
-        if not _is_dead(mountpoint) or entry.file_system != FILE_SYSTEM:
+        if entry.file_system != FILE_SYSTEM or not is_dead(mountpoint):
             raise UsageError(f"{path} is already a mount point: mendfs umount {path}")
         log.warning("taking away a mount whose process is gone", mountpoint=mountpoint)
         unmount(mountpoint, detach=True)
@@ -108,43 +105,71 @@ def check_mountpoint(path: str, *, allow_nonempty: bool = False) -> str:
         raise UsageError(f"mount point {path} is not a directory")
     if names and not allow_nonempty:
         raise UsageError(f"mount point {path} is not empty: its files would be hidden; mount at an empty directory")
+    if not is_root() and (
+        not os.access(mountpoint, os.W_OK) or (status.st_mode & stat.S_ISVTX and status.st_uid != os.geteuid())
+    ):
+        # As fusermount3 has it: nobody may hide another user's files.
+        raise UsageError(f"mount point {path} is not yours: mount at a directory that you own")
     return mountpoint
 
 
-def _is_dead(mountpoint: str) -> bool:
-    """Whether the process that served this mount is gone."""
-    try:
-        os.stat(mountpoint)
-    except OSError as error:
-        return error.errno in DEAD_MOUNT_ERRORS
-    return False
+def is_root() -> bool:
+    """Whether this process mounts by itself."""
+    return os.geteuid() == 0
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether the process that served this mount is gone.
+
+    A living one may not be able to answer, if its servers are away: then no answer is an answer too.
+    """
+    errors: list[int | None] = []
+
+    def look() -> None:
+        try:
+            os.stat(mountpoint)
+        except OSError as error:
+            errors.append(error.errno)
+
+    looking = threading.Thread(target=look, name="look-at-mount", daemon=True)
+    looking.start()
+    looking.join(ANSWER_S)
+    return bool(errors) and errors[0] in DEAD_MOUNT_ERRORS
 
 
 def mount(mountpoint: str, flags: MountFlags) -> int:
-    """Mount at a checked mount point and return the device's descriptor, non-blocking. Needs root."""
+    """Mount at a checked mount point and return the device's descriptor, non-blocking. Raises UsageError."""
+    if not os.path.exists(DEVICE):
+        raise UsageError(f"there is no {DEVICE}: load the kernel's module (modprobe fuse), or give it to the container")
+    if is_root():
+        return _mount_as_root(mountpoint, flags)
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        raise UsageError(f"only root may open {DEVICE} here: let root run chmod 666 {DEVICE}, as most systems have it")
+    return fusermount.mount(mountpoint, fusermount_words(flags))
+
+
+def _mount_as_root(mountpoint: str, flags: MountFlags) -> int:
     try:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise UsageError(f"cannot open {DEVICE}: {error.strerror}. Load the module: modprobe fuse") from None
-    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions"
-    if flags.allow_other:
-        options += ",allow_other"
-    bits = MS_RDONLY if flags.is_read_only else 0
-    bits |= 0 if flags.allow_suid else MS_NOSUID
-    bits |= 0 if flags.allow_devices else MS_NODEV
-    if _libc.mount(b"mendfs", os.fsencode(mountpoint), FILE_SYSTEM.encode(), bits, options.encode()) != 0:
+    source, target = os.fsencode(flags.source), os.fsencode(mountpoint)
+    if _libc.mount(source, target, FILE_SYSTEM.encode(), mount_bits(flags), mount_data(flags, fd).encode()) != 0:
         code = ctypes.get_errno()
         os.close(fd)
-        remedy = ": mounting needs root" if code == errno.EPERM else f": {os.strerror(code)}"
-        raise UsageError(f"cannot mount at {mountpoint}{remedy}")
+        remedy = "this root may not mount, as in many containers" if code == errno.EPERM else os.strerror(code)
+        raise UsageError(f"cannot mount at {mountpoint}: {remedy}")
     return fd
 
 
 def unmount(mountpoint: str, *, detach: bool = False) -> None:
-    """umount2. With `detach` the name is gone at once, even if files are still open below it.
+    """Unmount. With `detach` the name is gone at once, even if files are still open below it.
 
-    Raises OperationError (EBUSY) when it is in use, EINVAL when nothing is mounted there.
+    Raises OperationError (EBUSY) when it is in use, EINVAL when nothing of this user's is mounted there.
     """
+    if not is_root():
+        fusermount.unmount(mountpoint, detach=detach)
+        return
     flags = UMOUNT_NOFOLLOW | (MNT_DETACH if detach else 0)
     if _libc.umount2(os.fsencode(mountpoint), flags) != 0:
         raise OperationError(ctypes.get_errno(), f"cannot unmount {mountpoint}")
@@ -156,20 +181,22 @@ def unmount_command(path: str) -> None:
     entry = find_mount(mountpoint)
     if entry is None or entry.file_system != FILE_SYSTEM:
         raise UsageError(f"{path} is not a mendfs mount")
-    if _is_dead(mountpoint):
-        # FORCE as well: somebody may still wait in it for an answer that never comes.
-        _libc.umount2(os.fsencode(mountpoint), UMOUNT_NOFOLLOW | MNT_FORCE)
-        if find_mount(mountpoint) is not None:
-            unmount(mountpoint, detach=True)
-        return
+    if not is_root() and entry.owner != os.geteuid():
+        raise UsageError(f"{path} was mounted by user {entry.owner}: only they and root may unmount it")
     try:
         unmount(mountpoint)
     except OperationError as error:
         if error.errno != errno.EBUSY:
             raise
-        raise MendfsError(
-            f"{path} is in use: leave it and close its files (fuser -vm {path}), then try again"
-        ) from None
+        if not is_dead(mountpoint):
+            raise MendfsError(
+                f"{path} is in use: leave it and close its files (fuser -vm {path}), then try again"
+            ) from None
+        if is_root():
+            # FORCE: somebody may still wait in it for an answer that never comes.
+            _libc.umount2(os.fsencode(mountpoint), UMOUNT_NOFOLLOW | MNT_FORCE)
+        if find_mount(mountpoint) is not None:
+            unmount(mountpoint, detach=True)
 
 
 def raise_read_ahead(mountpoint: str, read_ahead_bytes: int) -> None:
@@ -181,6 +208,9 @@ def raise_read_ahead(mountpoint: str, read_ahead_bytes: int) -> None:
     try:
         with open(path, "w") as file:
             file.write(str(read_ahead_bytes >> 10))
+    except PermissionError:
+        # An ordinary user's mount: the kernel asks for 128 KiB at a time, and our own read-ahead does the rest.
+        log.info("only root can raise the kernel's read-ahead", path=path)
     except OSError as error:
         log.warning("cannot raise the read-ahead: sequential reads are slower", path=path, error=error.strerror)
 

@@ -17,9 +17,9 @@ from mendfs.errors import BadMessage, MendfsError, OperationError
 from mendfs.fuse import constants, device, protocol_replies
 from mendfs.fuse.channel import Channel
 from mendfs.fuse.constants import MAX_WRITE
-from mendfs.fuse.device import MountFlags
 from mendfs.fuse.directories import Directories
 from mendfs.fuse.files import Files, OpenFile
+from mendfs.fuse.mount_options import MountFlags
 from mendfs.fuse.names import Names
 from mendfs.fuse.operations import BY_INODE, immediate_operations, waiting_operations
 from mendfs.fuse.protocol_replies import Limits, Replies

@@ -30,8 +30,11 @@ async def read_volume(engine: Engine) -> Volume | None:
     return None if raw is None else schema.VOLUME.decode(raw)
 
 
-async def format_volume(engine: Engine, volume: Volume, world: World) -> None:
-    """Make an empty volume with a root directory, durably. Raises UsageError if there is one."""
+async def format_volume(engine: Engine, volume: Volume, world: World, *, uid: int = 0, gid: int = 0) -> None:
+    """Make an empty volume with a root directory, durably. Raises UsageError if there is one.
+
+    The directory belongs to whoever makes the volume: an ordinary user's would be of no use to them otherwise.
+    """
 
     async def operation(tx: Transaction) -> None:
         if await tx.get(schema.VOLUME_KEY) is not None:
@@ -41,8 +44,8 @@ async def format_volume(engine: Engine, volume: Volume, world: World) -> None:
             ROOT_INODE,
             generation=0,
             mode=stat.S_IFDIR | 0o755,
-            uid=0,
-            gid=0,
+            uid=uid,
+            gid=gid,
             now_ns=world.now_ns(),
             version=CommitSequence(1),
         )
