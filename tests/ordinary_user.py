@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,7 +134,7 @@ class UsersCluster(RealCluster):
         if user.is_switched:
             os.chown(self.mnt, user.uid, user.gid)
 
-    def command(self, *arguments: object, stdin: bytes = b"", env: dict[str, str] | None = None) -> list[object]:
+    def command(self, *arguments: object, stdin: bytes = b"", env: dict[str, str] | None = None) -> list[Any]:
         """[exit code, standard output, standard error] of `mendfs ARGUMENTS`, run by the user."""
         done = self.user.run(["env", f"MENDFS_DIR={self.dir}", "mendfs", *arguments], stdin=stdin)
         assert b"Traceback" not in done.stderr, done.stderr.decode()
