@@ -62,6 +62,16 @@ def test_the_secret_is_readable_by_its_owner_only_and_never_short(folder: Cluste
         read_secret(LocalDisk(), folder.inside("nothing"))
 
 
+def test_a_secret_that_others_can_read_is_refused_as_ssh_refuses_its_keys(folder: ClusterFolder) -> None:
+    folder.write_secret(os.urandom(32))
+    for mode in (0o640, 0o604, 0o620):
+        os.chmod(folder.secret_path, mode)
+        with pytest.raises(UsageError, match=f"mode {mode:04o}.: chmod 600"):
+            read_secret(LocalDisk(), folder.secret_path)
+    os.chmod(folder.secret_path, 0o400)
+    assert read_secret(LocalDisk(), folder.secret_path)
+
+
 def test_a_long_log_is_set_aside_once(folder: ClusterFolder) -> None:
     path = Path(folder.inside("logs", "meta.log"))
     with path.open("wb") as file:

@@ -195,7 +195,7 @@ async def test_a_volume_waits_until_all_its_data_servers_have_registered() -> No
         await client.open()
         assert len(client.opened.table.rows) == PARAMETERS.partitions
         assert [view.state for view in client.opened.servers] == ["up"] * 4
-        with pytest.raises(UsageError, match="not part of this volume"):
+        with pytest.raises(UsageError, match="is none of them"):
             await FakeDataServer(9, []).register(cluster.world, cluster.server.address)
 
 

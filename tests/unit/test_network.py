@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mendfs.errors import Unreachable, UsageError
 from mendfs.model import KiB, MiB
 from mendfs.world.buffers import POOLED_BYTES_MAX, POOLED_BYTES_MIN, BufferPool
-from mendfs.world.tcp import KEEPALIVE_IDLE_S, UNACKNOWLEDGED_MS, TcpNetwork, format_address, parse_address
+from mendfs.world.tcp import KEEPALIVE_IDLE_S, UNACKNOWLEDGED_MS, TcpNetwork, format_address, is_local, parse_address
 from tests.unit.wire_tools import until
 
 
@@ -117,3 +117,21 @@ def test_a_buffer_given_back_is_the_next_one_of_its_size() -> None:
     assert pool.take(4 * MiB) is not buffer
     pool.give(bytearray(100 * KiB))
     assert pool.kept_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1:1", True),
+        ("[::1]:1", True),
+        ("localhost:1", True),
+        ("0.0.0.0:1", True),
+        ("[::]:1", True),
+        ("/run/socket", True),
+        ("10.0.0.1:1", False),
+        ("[fd00::1]:1", False),
+        ("host.example:1", False),
+    ],
+)
+def test_addresses_that_only_the_same_machine_can_reach_are_known(address: str, expected: bool) -> None:
+    assert is_local(address) is expected

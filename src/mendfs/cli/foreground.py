@@ -9,7 +9,7 @@ import time
 
 import msgspec
 
-from mendfs.cluster.child import Failed, MountChild, Report, Role, SupervisorChild
+from mendfs.cluster.child import Failed, MountChild, Report, Role, SupervisorChild, Waiting
 from mendfs.cluster.folder import ClusterFolder
 from mendfs.cluster.launch import check_wishes
 from mendfs.cluster.service import RunningCluster, launch
@@ -42,14 +42,18 @@ async def _start_process(name: str, role: Role, log_path: str) -> None:
     child = await LocalProcesses().start(arguments, log_path=log_path)
     child.send_options(msgspec.json.encode(role) + b"\n")
     try:
-        raw = await child.report()
+        while True:
+            raw = await child.report()
+            report: Report | None = msgspec.json.decode(raw, type=Report) if raw else None
+            if not isinstance(report, Waiting):
+                break
+            print(f"mendfs: waiting: {report.text}", file=sys.stderr, flush=True)
     except asyncio.CancelledError:
         # Ctrl-C while it starts: it is not ours to leave half started.
         child.signal(signal.SIGTERM)
         raise
-    if not raw:
+    if report is None:
         raise MendfsError(f"{name} ended with status {await child.exited()} before it was ready: see {log_path}")
-    report: Report = msgspec.json.decode(raw, type=Report)
     if isinstance(report, Failed):
         raise (UsageError if report.exit_code == UsageError.exit_code else MendfsError)(report.text)
 

@@ -99,6 +99,8 @@ def _run_here(role: Any) -> None:
     def say(report: child.Report) -> None:
         if isinstance(report, child.Ready):
             print(f"ready on {report.address}", file=sys.stderr)
+        elif isinstance(report, child.Waiting):
+            print(f"mendfs: waiting: {report.text}", file=sys.stderr)
 
     logs.configure()
     raise_file_limit()
@@ -123,7 +125,12 @@ def mount(
     check_mountpoint(path, allow_nonempty="nonempty" in words.split(","))
     located = options.locate(meta, dir, secret_file)
     role = MountChild(
-        mountpoint=path, meta=located.meta, secret_path=located.secret_path, read_only=read_only, options=words
+        mountpoint=path,
+        meta=located.meta,
+        secret_path=located.secret_path,
+        read_only=read_only,
+        options=words,
+        waits=True,
     )
     if foreground:
         _run_here(role)

@@ -109,13 +109,23 @@ class Session:
         self._is_ending = False
         self.sequence_seen = CommitSequence(0)
 
-    async def open(self) -> None:
-        """Open the session. Raises Unreachable, NotAuthentic, NotReady when that did not work in time."""
+    async def open(self, waiting: Callable[[str], None] | None = None) -> None:
+        """Open the session. Raises Unreachable, NotAuthentic, NotReady when that did not work in time.
+
+        `waiting` is told what it waits for, each time that is something else.
+        """
         self._tasks.spawn(self._keep_connected())
         deadline_s = self._now() + self._options.open_timeout_s
+        said = ""
         while self._peer is None:
-            if isinstance(self._trouble, NotAuthentic) or self._now() >= deadline_s:
-                raise self._trouble or Unreachable(f"{self._options.meta} does not answer")
+            trouble = self._trouble
+            if isinstance(trouble, NotReady) and self._options.wait_until_ready:
+                deadline_s = self._now() + self._options.open_timeout_s
+            if isinstance(trouble, NotAuthentic) or self._now() >= deadline_s:
+                raise trouble or Unreachable(f"{self._options.meta} does not answer")
+            if waiting is not None and trouble is not None and str(trouble) != said:
+                said = str(trouble)
+                waiting(said)
             await self._connected.wait(deadline_s - self._now())
 
     async def end(self) -> None:

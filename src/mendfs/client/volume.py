@@ -7,6 +7,7 @@ parts' business, and an application sees an error only when the policy in `Volum
 import asyncio
 import errno
 import os
+from collections.abc import Callable
 
 import structlog
 
@@ -82,11 +83,16 @@ class Volume:
         self._is_closed = False
 
     @classmethod
-    async def open(cls, world: World, options: VolumeOptions, secret: bytes) -> "Volume":
-        """Open a session. Raises Unreachable, NotAuthentic or NotReady after trying for `open_timeout_s`."""
+    async def open(
+        cls, world: World, options: VolumeOptions, secret: bytes, waiting: Callable[[str], None] | None = None
+    ) -> "Volume":
+        """Open a session. Raises Unreachable, NotAuthentic or NotReady after trying for `open_timeout_s`.
+
+        `waiting` is told what it waits for, each time that is something else.
+        """
         volume = cls(world, options, secret)
         try:
-            await volume._shared.session.open()
+            await volume._shared.session.open(waiting)
         except BaseException:
             await volume._tasks.close()
             raise

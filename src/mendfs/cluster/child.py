@@ -55,6 +55,9 @@ class MountChild(msgspec.Struct, frozen=True, kw_only=True, tag="mount"):
     """As after `mount -o`: see `fuse.mount_options`."""
     allow_nonempty: bool = False
     """Mount over files that hide then: what was written to the bare folder while the mount was being restarted."""
+    waits: bool = False
+    """Say what it waits for, and wait for the data servers of a new volume as long as it takes: for whoever mounts by
+    hand. A supervisor would rather start it again."""
     folder: str = ""
     """The cluster's folder, where a stop says how long to flush and is told what was not; empty: none."""
 
@@ -83,6 +86,12 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     volume: Volume | None = None
 
 
+class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
+    """It is not ready yet, and one line says what it waits for. Another report follows."""
+
+    text: str
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """It cannot run; one line says why."""
 
@@ -90,7 +99,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     exit_code: int
 
 
-Report = Ready | Failed
+Report = Ready | Waiting | Failed
 
 FLUSH_TIMEOUT_S = 30.0
 """How long a mount that is stopped may flush unless said otherwise."""
@@ -141,7 +150,7 @@ async def run(role: Role, say: Callable[[Report], None]) -> None:
 
     def say_ready(report: Report) -> None:
         nonlocal is_ready
-        is_ready = True
+        is_ready = is_ready or isinstance(report, Ready)
         say(report)
 
     work = asyncio.create_task(_role_function(role)(role, stop, say_ready))

@@ -13,6 +13,7 @@ Every file is replaced as a whole and synced. Nothing here starts or stops anyth
 """
 
 import os
+import stat
 
 import msgspec
 
@@ -195,6 +196,20 @@ def read_secret(disk: Disk, path: str) -> bytes:
             else "copy it from where the cluster was made"
         )
         raise UsageError(f"cannot read the cluster's secret in {path} ({error.strerror}): {remedy}") from error
+    _check_private(path)
     if len(secret) < SECRET_LENGTH_MIN:
         raise UsageError(f"the secret in {path} is shorter than {SECRET_LENGTH_MIN} bytes: copy the cluster's own")
     return secret
+
+
+def _check_private(path: str) -> None:
+    """As ssh does with its keys: whoever can read the secret can read and change every file of the volume."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return  # a disk of the tests, or gone since it was read
+    # A file of somebody else's that we may read all the same was arranged by whoever looks after this machine.
+    if status.st_uid == os.geteuid() and stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
+        raise UsageError(
+            f"the secret in {path} can be read by others (mode {stat.S_IMODE(status.st_mode):04o}): chmod 600 {path}"
+        )

@@ -2,6 +2,8 @@
 
 import os
 
+import msgspec
+
 from mendfs.cluster.folder import SECRET_BYTES, ClusterFolder
 from mendfs.cluster.parameters import VolumeWishes, new_volume
 from mendfs.errors import UsageError
@@ -16,6 +18,8 @@ async def format_folder(path: str, wishes: VolumeWishes) -> Volume:
 
     world = real_world()
     folder = ClusterFolder(world.disk, path)
+    # Over machines there are zones, as a rule one a machine: a ring would not look at them.
+    wishes = msgspec.structs.replace(wishes, layout=wishes.layout or "spread")
     volume = new_volume(wishes, volume_id=world.rng.randbytes(16).hex(), now_ns=world.now_ns())
     if folder.holds_store():
         raise UsageError(f"there is a volume in {folder.path} already: choose another folder with --dir")

@@ -18,9 +18,11 @@ from mendfs.cluster.child import (
     MountChild,
     Ready,
     Report,
+    Waiting,
     first_of,
 )
 from mendfs.cluster.folder import ClusterFolder, read_secret
+from mendfs.errors import UsageError
 from mendfs.world import real_world
 
 Say = Callable[[Report], None]
@@ -37,6 +39,9 @@ async def run_meta(role: MetaChild, stop: asyncio.Event, say: Say) -> None:
 
     world = real_world()
     secret = read_secret(world.disk, role.secret_path)
+    if role.format is None and not (world.disk.exists(role.dir) and world.disk.names(role.dir)):
+        # Said before a store is made, or the next try would find an empty one.
+        raise UsageError(f'there is no volume in {os.path.dirname(role.dir)}: make one with "mendfs format"')
     world.disk.make_directories(role.dir)
     engine = await RocksEngine.open(role.dir)
     if role.format is not None and await read_volume(engine) is None:
@@ -91,8 +96,14 @@ async def run_mount(role: MountChild, stop: asyncio.Event, say: Say) -> None:
     flags = parse_mount_options(role.options, MountFlags(allow_nonempty=role.allow_nonempty), is_root=is_root())
     if role.read_only:
         flags = msgspec.structs.replace(flags, is_read_only=True)
-    options = VolumeOptions(meta=role.meta, name=name, read_only=flags.is_read_only, open_timeout_s=OPEN_TIMEOUT_S)
-    volume = await Volume.open(world, options, secret)
+    options = VolumeOptions(
+        meta=role.meta,
+        name=name,
+        read_only=flags.is_read_only,
+        open_timeout_s=OPEN_TIMEOUT_S,
+        wait_until_ready=role.waits,
+    )
+    volume = await Volume.open(world, options, secret, (lambda text: say(Waiting(text))) if role.waits else None)
     try:
         mount = await serve_mount(volume, role.mountpoint, MountOptions(flags=flags))
     except BaseException:

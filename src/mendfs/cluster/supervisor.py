@@ -131,6 +131,7 @@ class Supervisor:
         report: Report = msgspec.json.decode(raw, type=Report)
         if isinstance(report, Failed):
             raise _failure(report)
+        assert isinstance(report, Ready), "a child of ours is not asked to say what it waits for"
         kept.is_up = True
         return report
 

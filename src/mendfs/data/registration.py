@@ -30,7 +30,7 @@ class Registration:
         handler: Handler,
         *,
         credentials: Callable[[], Credentials],
-        introduce: Callable[[], messages.RegisterServer],
+        introduce: Callable[[Peer], messages.RegisterServer],
         admitted: Callable[[messages.Registered], Awaitable[None]],
         beat: Callable[[], messages.Heartbeat],
     ) -> None:
@@ -49,12 +49,19 @@ class Registration:
         self._last_trouble = ""
 
     async def run(self) -> None:
-        """Until cancelled. Raises what makes it senseless: another volume's folder, a store that does not open."""
+        """Until cancelled. Raises what makes it senseless: another volume's folder, a store that does not open.
+
+        A secret that is wrong from the start too; one that becomes wrong later may be the meta server's mistake.
+        """
         backoff_s = BACKOFF_MIN_S
         while True:
             try:
                 peer = await connect(self._network, self._meta, self._credentials(), role="data", handler=self._handler)
-            except (Unreachable, NotAuthentic) as error:
+            except Unreachable as error:
+                self._say(error)
+            except NotAuthentic as error:
+                if self.number is None:
+                    raise
                 self._say(error)
             else:
                 try:
@@ -77,7 +84,7 @@ class Registration:
 
     async def _stay(self, peer: Peer) -> None:
         """Register, and send heartbeats until the connection ends. Raises Unreachable."""
-        answer = await self._ask(peer, self._introduce())
+        answer = await self._ask(peer, self._introduce(peer))
         assert isinstance(answer, messages.Registered)
         self.epoch, self.generation = answer.epoch, answer.generation
         await self._admitted(answer)

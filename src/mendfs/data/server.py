@@ -26,6 +26,7 @@ from mendfs.wire.messages import data as messages
 from mendfs.wire.messages.session import Done, Ping
 from mendfs.wire.peer import Credentials, Peer, Received, Reply, Server, serve
 from mendfs.world import World
+from mendfs.world.tcp import format_address, is_wildcard, parse_address
 
 log = structlog.get_logger("data")
 
@@ -149,12 +150,20 @@ class DataServer:
         volume = self._folder.identity.volume
         return Credentials(self._secret, "" if volume is None else volume.id)
 
-    def _introduce(self) -> messages.RegisterServer:
+    def _advertised(self, peer: Peer) -> str:
+        """Where others reach this server. Listening everywhere, it names the address that the meta server sees."""
+        if self._options.advertise or not is_wildcard(self.address) or not peer.local_host:
+            return self._options.advertise or self.address
+        where = parse_address(self.address)
+        assert where is not None, "a wildcard is no Unix socket"
+        return format_address(peer.local_host, where[1])
+
+    def _introduce(self, peer: Peer) -> messages.RegisterServer:
         mine = self._folder.identity
         wanted = mine.number if mine.number is not None else self._options.number
         return messages.RegisterServer(
             id=mine.id,
-            address=self._options.advertise or self.address,
+            address=self._advertised(peer),
             zone=self._options.zone,
             incarnation=self._incarnation,
             pid=self._world.pid,

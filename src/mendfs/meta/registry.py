@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from mendfs.errors import NotAuthentic, SessionLost, UsageError
+from mendfs.errors import MendfsError, NotAuthentic, SessionLost, Unreachable, UsageError
 from mendfs.kv.engine import Transaction, run
 from mendfs.meta import background, freeing, ranges, schema, volume
 from mendfs.meta.members import Member
@@ -16,9 +16,12 @@ from mendfs.model import Generation, Inode, ServerNumber, SessionId
 from mendfs.wire.messages import data as data_messages
 from mendfs.wire.messages import session as messages
 from mendfs.wire.peer import Peer
+from mendfs.world.tcp import is_local, is_loopback
 
 log = structlog.get_logger("meta")
 
+GONE_WITHIN_S = 1.0
+"""For a data server's earlier connection to show that it lives: less than the new one waits for its answer."""
 CLOSED_MAX = 60
 """Closes of unlinked inodes noted in one transaction."""
 
@@ -173,9 +176,23 @@ class Registry:
         if peer.remote_role != "data":
             raise NotAuthentic(f"a connection with role {peer.remote_role!r} cannot register a data server")
         state = self._state
+        if is_local(request.address) and not is_loopback(peer.local_host):
+            raise UsageError(
+                f"the data server is on another machine, but says that it is reached at {request.address}: let it "
+                "--listen on an address of its network, or name one with --advertise"
+            )
         member = state.members.find(request.id)
         if member is None:
             member = await self._admit(request)
+        old = state.data_peers.get(member.number)
+        if old is not None and old is not peer and member.incarnation != request.incarnation:
+            await self._check_gone(old, member)
+        if peer.is_closed:
+            # It ended while we looked: what is noted for it now would never be taken back.
+            raise Unreachable(f"the connection to data server {member.number} ended")
+        if (member.address, member.zone) != (request.address, request.zone):
+            record = schema.ServerRecord(request.id, request.address, request.zone, request.capacity, member.draining)
+            await volume.write_server(state.engine, member.number, record)
         old = state.data_peers.get(member.number)
         state.data_peers[member.number] = peer
         peer.context = member
@@ -191,13 +208,30 @@ class Registry:
         await state.make_table()
         return data_messages.Registered(member.number, state.volume, state.epoch, Generation(state.generation))
 
+    async def _check_gone(self, old: Peer, member: Member) -> None:
+        """Raise UsageError if the process that registered as this server before still answers: two have one folder."""
+        try:
+            await old.call(messages.Ping(), deadline_s=GONE_WITHIN_S)
+        except MendfsError:
+            return
+        raise UsageError(
+            f"data server {member.number} runs already, at {member.address} (process {member.pid}): if this folder is "
+            "a copy of its folder, use an empty one"
+        )
+
     async def _admit(self, request: data_messages.RegisterServer) -> Member:
         """A server that was never seen: it gets a number, durably."""
         state = self._state
-        if state.table is not None:
+        if state.table is not None or len(state.members) >= state.volume.server_count:
             raise UsageError(
-                f"data server {request.id} is not part of this volume; its {len(state.members)} servers are known: "
-                "start it on its own folder, or add it with `mendfs server add`"
+                f"the volume has its {len(state.members)} data servers, and {request.address} is none of them: start "
+                "it on the folder of the server that it is, for a volume does not grow yet"
+            )
+        holder = None if request.wanted_number is None else state.members.get(request.wanted_number)
+        if holder is not None:
+            raise UsageError(
+                f"number {holder.number} is that of the data server at {holder.address}: leave out --number, or name "
+                "another"
             )
         number = ServerNumber(state.members.free_number(request.wanted_number))
         member = Member(number=number, id=request.id, address=request.address, zone=request.zone)

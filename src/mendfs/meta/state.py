@@ -52,13 +52,17 @@ class State:
         if not self.failed.done():
             self.failed.set_result(error)
 
+    @property
+    def awaited(self) -> str:
+        """What a new volume waits for before it has a table, in one line."""
+        return (
+            f"the volume waits for its data servers: {len(self.members)} of {self.volume.server_count} have registered"
+        )
+
     def need_table(self) -> Table:
         """The table. Raises NotReady until enough data servers have registered."""
         if self.table is None:
-            raise NotReady(
-                f"the volume waits for its data servers: {len(self.members)} of "
-                f"{self.volume.server_count} have registered"
-            )
+            raise NotReady(self.awaited)
         return self.table
 
     async def make_table(self) -> None:

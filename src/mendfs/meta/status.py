@@ -95,7 +95,7 @@ async def status_document(state: State) -> dict[str, Any]:
         },
         "owed": debts,
         "mending": {"blocks_left": under, "bytes_left": 0, "bytes_per_second": 0},
-        "troubles": sorted(state.troubles.values()),
+        "troubles": [*([] if state.table is not None else [state.awaited]), *sorted(state.troubles.values())],
     }
 
 

@@ -27,7 +27,7 @@ from mendfs.wire.protocol import FrameReader
 from mendfs.wire.requests import Reply, Requests, Result, error_of, failure_of
 from mendfs.world.buffers import BufferPool
 from mendfs.world.network import Address
-from mendfs.world.tcp import name_of, widen
+from mendfs.world.tcp import local_host, name_of, widen
 
 log = structlog.get_logger()
 
@@ -155,6 +155,12 @@ class Peer(FrameReader):
             await self._calls.wait_for_place(deadline)
             deadline_s = max(deadline - self._loop.time(), 0.0)
         return await self.start(message, payload, deadline_s=deadline_s, into=into).result()
+
+    @property
+    def local_host(self) -> str:
+        """The address of this machine that the connection uses; empty for a Unix socket."""
+        assert self._transport is not None, "connect and serve give out connected peers only"
+        return local_host(self._transport)
 
     @property
     def may_start(self) -> bool:

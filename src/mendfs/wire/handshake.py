@@ -83,7 +83,10 @@ class Connecting:
             )
 
         if not hmac.compare_digest(prove("server"), welcome.proof):
-            raise NotAuthentic(f"{self._address} does not accept the secret of this cluster")
+            raise NotAuthentic(
+                f"{self._address} does not accept the secret of this cluster: copy the file from where the cluster "
+                "was made, or name the right address"
+            )
         if credentials.volume and welcome.volume != credentials.volume:
             raise NotAuthentic(f"{self._address} serves volume {welcome.volume}, not {credentials.volume}")
         self.remote_role, self.remote_volume = welcome.role, welcome.volume

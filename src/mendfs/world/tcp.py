@@ -6,6 +6,7 @@ Errors say which address and what to do; what the system said stays in brackets 
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -83,6 +84,32 @@ def name_of(transport: asyncio.BaseTransport) -> str:
     """Who is at the other end, for people."""
     name = transport.get_extra_info("peername")
     return format_address(*name[:2]) if isinstance(name, tuple) else "a process of this machine"
+
+
+def local_host(transport: asyncio.BaseTransport) -> str:
+    """This end's host, as the other one sees it unless something translates addresses; empty on a Unix socket."""
+    name = transport.get_extra_info("sockname")
+    return str(name[0]) if isinstance(name, tuple) else ""
+
+
+def is_wildcard(address: Address) -> bool:
+    """Whether `address` is one to listen on, `0.0.0.0:PORT` or `[::]:PORT`, which nobody can connect to from afar."""
+    where = parse_address(address)
+    return where is not None and where[0] in ("0.0.0.0", "::")
+
+
+def is_local(address: Address) -> bool:
+    """Whether only programs of the same machine can reach `address`, by what it says."""
+    where = parse_address(address)
+    return where is None or is_wildcard(address) or is_loopback(where[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` means the same machine; "" is what a Unix socket has for one."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("", "localhost")
 
 
 def _reason(error: OSError) -> str:
