@@ -4,6 +4,7 @@ Frozen values without behaviour beyond themselves (design section 2). Structs th
 are `array_like`: fields are encoded by position, so new fields are only ever appended, with a default.
 """
 
+import stat
 from typing import Literal, NewType
 
 import msgspec
@@ -169,3 +170,10 @@ class StoreHealth(msgspec.Struct, frozen=True, kw_only=True):
 def generation_of(block: BlockId) -> Generation:
     """The generation in which `block`'s id was granted."""
     return Generation(block >> COUNTER_BITS)
+
+
+def without_set_id(mode: int) -> int:
+    """`mode` after a change of owner, a truncation or a write by an ordinary user: without set-id bits."""
+    mode &= ~stat.S_ISUID
+    # Without group execution the bit is not set-group-id but mandatory locking: Linux leaves it.
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

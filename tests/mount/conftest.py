@@ -5,11 +5,12 @@ Not with mmap, though: a page fault keeps the GIL, which the thread that would a
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,10 +50,12 @@ class Tree:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def script(self, body: str, *, user: int | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a Python script with `root` naming the mount, perhaps as another user."""
+    def script(
+        self, body: str, *, user: int | None = None, groups: Iterable[int] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a Python script with `root` naming the mount, perhaps as another user of these groups."""
         # Changed in the script, since another user may not be allowed to start this interpreter.
-        become = "" if user is None else f"os.setgroups([]); os.setgid({user}); os.setuid({user})"
+        become = "" if user is None else f"os.setgroups({list(groups)}); os.setgid({user}); os.setuid({user})"
         return subprocess.run(
             [sys.executable, "-c", f"import os, sys, errno\n{become}\nroot = {str(self.path)!r}\n{body}"],
             capture_output=True,
@@ -61,9 +64,9 @@ class Tree:
             cwd="/",
         )
 
-    def check(self, body: str, *, user: int | None = None) -> str:
+    def check(self, body: str, *, user: int | None = None, groups: Iterable[int] = ()) -> str:
         """The same for a script that must succeed; returns what it printed."""
-        result = self.script(body, user=user)
+        result = self.script(body, user=user, groups=groups)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -113,16 +116,18 @@ def fake(mounting: Mounting) -> Mounted:
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
+def real() -> Iterator[RealCluster]:
     """A cluster that many tests use, each in a directory of its own."""
-    cluster = RealCluster(tmp_path_factory.mktemp("real"))
+    # Not below pytest's own folder: other users must reach the mount, and every start of pytest shuts them out there.
+    path = Path(tempfile.mkdtemp(prefix="mendfs-test-"))
+    path.chmod(0o755)
+    cluster = RealCluster(path)
     try:
         cluster.up()
-        for folder in (cluster.path, *cluster.path.parents[:2]):
-            folder.chmod(0o755)  # other users must reach the mount
         yield cluster
     finally:
         cluster.clean_up()
+        shutil.rmtree(path)
 
 
 @pytest.fixture(params=["memory", "cluster"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from mendfs import model
 from mendfs.errors import OperationError
-from mendfs.model import NAME_BYTES_MAX, ROOT_INODE, Attributes, CommitSequence, Inode
+from mendfs.model import NAME_BYTES_MAX, ROOT_INODE, Attributes, CommitSequence, Inode, without_set_id
 from mendfs.wire.messages.meta import DirectoryEntry, Listing, VolumeStat
 
 PARAMETERS = model.Volume(
@@ -115,6 +115,23 @@ class FakeFile:
         self._volume.writes_wait = waits
         return len(data)
 
+    async def allocate(self, mode: int, offset: int, length: int) -> None:
+        if mode not in (0, 3, 0x10, 0x11):
+            raise OperationError(errno.EOPNOTSUPP)
+        data = self._node.data
+        if mode:
+            end = min(offset + length, len(data))
+            data[offset:end] = bytes(max(0, end - offset))
+        if mode in (0, 0x10) and offset + length > len(data):
+            self._node.resize(offset + length)
+        self._node.touch()
+
+    async def seek(self, offset: int, whence: int) -> int:
+        size = len(self._node.data)
+        if offset >= size:
+            raise OperationError(errno.ENXIO)
+        return offset if whence == os.SEEK_DATA else size
+
     async def flush(self) -> None:
         self._volume.calls.append(("flush", self._node.inode))
         if self._volume.flush_error:
@@ -204,11 +221,14 @@ class FakeVolume:
         size: int | None = None,
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
+        clear_set_id: bool = False,
     ) -> Attributes:
         node = self._node(inode)
         node.ctime_ns = time.time_ns()
         if mode is not None:
             node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(mode)
+        elif clear_set_id and stat.S_ISREG(node.mode):
+            node.mode = without_set_id(node.mode)
         node.uid = node.uid if uid is None else uid
         node.gid = node.gid if gid is None else gid
         if size is not None:
@@ -360,9 +380,10 @@ class FakeVolume:
     async def stat_volume(self) -> VolumeStat:
         return VolumeStat(bytes_total=100 << 30, bytes_free=60 << 30, files=len(self.nodes))
 
-    async def open_file(self, inode: Inode, *, flags: int) -> FakeFile:
+    async def open_file(self, inode: Inode, *, flags: int, clear_set_id: bool = False) -> FakeFile:
         node = self._node(inode)
         if flags & os.O_TRUNC:
+            node.mode = without_set_id(node.mode) if clear_set_id else node.mode
             node.resize(0)
             node.touch()
         node.opens += 1

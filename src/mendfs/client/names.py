@@ -125,13 +125,16 @@ class Names:
         size: int | None,
         atime_ns: int | None,
         mtime_ns: int | None,
+        clear_set_id: bool = False,
     ) -> Attributes:
         """Change what is not None."""
         now_ns = self._now_ns()
 
         async def send() -> Attributes:
             found = await self._shared.session.change(
-                lambda at: messages.SetAttributes(at, inode, now_ns, mode, uid, gid, size, atime_ns, mtime_ns),
+                lambda at: messages.SetAttributes(
+                    at, inode, now_ns, mode, uid, gid, size, atime_ns, mtime_ns, clear_set_id
+                ),
                 messages.Found,
             )
             return found.attributes

@@ -7,6 +7,7 @@ from mendfs.client.durability import Durability
 from mendfs.client.files import File
 from mendfs.client.opens import Opens
 from mendfs.client.reader import Reader, Stream
+from mendfs.client.space import Space
 from mendfs.client.writer import Writer
 from mendfs.model import Attributes, Inode
 
@@ -25,6 +26,7 @@ class OpenFile:
         appender: Appender,
         durability: Durability,
         opens: Opens,
+        space: Space,
     ) -> None:
         assert file.attributes is not None, "opening has learnt them"
         self.inode: Inode = file.inode
@@ -41,6 +43,7 @@ class OpenFile:
         self._appender = appender
         self._durability = durability
         self._opens = opens
+        self._space = space
 
     async def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill `buffer` from `offset` on; returns the bytes read, fewer only at the end of the file."""
@@ -63,6 +66,14 @@ class OpenFile:
         else:
             await self._writer.write(self._file, view, offset)
         return len(view)
+
+    async def allocate(self, mode: int, offset: int, length: int) -> None:
+        """As fallocate(2), for the modes that `client.space` knows; else EOPNOTSUPP."""
+        await self._space.allocate(self._file, mode, offset, length)
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """As lseek(2) with SEEK_DATA and SEEK_HOLE."""
+        return await self._space.seek(self._file, offset, whence)
 
     async def flush(self) -> None:
         """What close(2) waits for: W replicas have the data and it is committed. Raises an error not told yet."""

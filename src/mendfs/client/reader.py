@@ -90,7 +90,7 @@ class Reader:
         attempts = 0
         while True:
             attempts += 1
-            await self._know_extents(file, offset, offset + len(target))
+            await self.know_extents(file, offset, offset + len(target))
             wants = list(self._plan(file, target, offset))
             try:
                 await _all(self._fetch(want) for want in wants)
@@ -112,7 +112,8 @@ class Reader:
         block_size = self._shared.volume.block_size
         return range(begin // block_size, -(-end // block_size))
 
-    async def _know_extents(self, file: File, begin: int, end: int) -> None:
+    async def know_extents(self, file: File, begin: int, end: int) -> None:
+        """The extents of [begin, end) are in `file.slots` when this returns, until the next await."""
         slots = self._slots(begin, end)
         while (missing := next((slot for slot in slots if slot not in file.slots), None)) is not None:
             first = Slot(missing)

@@ -92,6 +92,10 @@ class SlotBuffer:
         for piece in self._pieces:
             yield piece.begin, piece.bytes(piece.begin, piece.end)
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """(begin, end) in the slot of each piece, in order."""
+        return [(piece.begin, piece.end) for piece in self._pieces]
+
     def write(self, data: memoryview, offset: int) -> None:
         """Lay `data` over what is there. The caller keeps it inside the slot."""
         end = offset + len(data)

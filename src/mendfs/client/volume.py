@@ -27,6 +27,7 @@ from mendfs.client.reader import Reader
 from mendfs.client.servers import Servers
 from mendfs.client.session import Session
 from mendfs.client.shared import Budget, Shared
+from mendfs.client.space import Space
 from mendfs.client.tasks import Tasks
 from mendfs.client.uploader import Uploader
 from mendfs.client.where import Where, WhereSlot
@@ -99,11 +100,13 @@ class Volume:
         parameters = volume.parameters
         cache = PageCache(options.cache_bytes_max, parameters.page_size, volume._shared.pool)
         volume._reader = Reader(volume._shared, volume._fetcher, cache)
+        volume._space = Space(volume._shared, volume._writer, volume._reader)
         volume._tasks.spawn(volume._writer.run_timer())
         volume._tasks.spawn(volume._durability.run_timer())
         return volume
 
     _reader: Reader
+    _space: Space
 
     @property
     def parameters(self) -> model.Volume:
@@ -157,11 +160,21 @@ class Volume:
         size: int | None = None,
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
+        clear_set_id: bool = False,
     ) -> Attributes:
-        """Change what is not None; a size truncates or extends."""
+        """Change what is not None; a size truncates or extends. `clear_set_id`: a file whose mode is not set loses its
+        set-id bits.
+        """
         self._check_writable()
         return await self._names.set_attributes(
-            inode, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns
+            inode,
+            mode=mode,
+            uid=uid,
+            gid=gid,
+            size=size,
+            atime_ns=atime_ns,
+            mtime_ns=mtime_ns,
+            clear_set_id=clear_set_id,
         )
 
     async def make(
@@ -241,14 +254,17 @@ class Volume:
 
     # --- contents -------------------------------------------------------------------------------------------------
 
-    async def open_file(self, inode: Inode, *, flags: int) -> OpenFile:
-        """Open a file with os.O_* flags. What every open(2) before its close(2) has written is seen."""
+    async def open_file(self, inode: Inode, *, flags: int, clear_set_id: bool = False) -> OpenFile:
+        """Open a file with os.O_* flags. What every open(2) before its close(2) has written is seen.
+
+        With `clear_set_id`, O_TRUNC takes the set-id bits in the same change.
+        """
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self._check_writable()
         file, keep_cache = await self._opens.open(inode)
         try:
             if flags & os.O_TRUNC:
-                await self.set_attributes(inode, size=0)
+                await self.set_attributes(inode, size=0, clear_set_id=clear_set_id)
         except BaseException:
             self._opens.closed(file)
             raise
@@ -272,6 +288,7 @@ class Volume:
             appender=self._appender,
             durability=self._durability,
             opens=self._opens,
+            space=self._space,
         )
 
     async def sync(self) -> None:

@@ -53,11 +53,13 @@ CREATE: Final = 35
 INTERRUPT: Final = 36
 DESTROY: Final = 38
 BATCH_FORGET: Final = 42
+FALLOCATE: Final = 43
 READDIRPLUS: Final = 44
 RENAME2: Final = 45
+LSEEK: Final = 46
 SYNCFS: Final = 50
-# GETLK 31, SETLK 32, SETLKW 33, BMAP 37, IOCTL 39, POLL 40, FALLOCATE 43, LSEEK 46, COPY_FILE_RANGE 47, TMPFILE 51 and
-# STATX 52 are answered with ENOSYS: the kernel remembers that and does what it can by itself.
+# GETLK 31, SETLK 32, SETLKW 33, BMAP 37, IOCTL 39, POLL 40, COPY_FILE_RANGE 47, TMPFILE 51 and STATX 52 are answered
+# with ENOSYS: the kernel remembers that and does what it can by itself.
 
 # INIT: what the kernel offers and what is taken.
 INIT_ASYNC_READ: Final = 1 << 0

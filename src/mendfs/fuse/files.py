@@ -11,11 +11,10 @@ from mendfs.fuse import protocol_replies
 from mendfs.fuse.channel import Channel
 from mendfs.fuse.constants import FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH
 from mendfs.fuse.handles import Handles
-from mendfs.fuse.names import kept_mode
 from mendfs.fuse.protocol_replies import Replies
-from mendfs.fuse.protocol_requests import Create, Flush, Fsync, Header, Open, Read, Release, Write
+from mendfs.fuse.protocol_requests import Allocate, Create, Flush, Fsync, Header, Open, Read, Release, Seek, Write
 from mendfs.fuse.served import ServedFile, ServedVolume
-from mendfs.model import Inode
+from mendfs.model import Inode, without_set_id
 from mendfs.world.buffers import BufferPool
 
 log = structlog.get_logger("mendfs.fuse")
@@ -24,7 +23,7 @@ log = structlog.get_logger("mendfs.fuse")
 class OpenFile:
     """One open(2), and what the kernel knows it as."""
 
-    __slots__ = ("file", "inode", "is_append", "is_writable", "mode", "positional")
+    __slots__ = ("file", "inode", "is_append", "is_mappable", "is_writable", "mode", "positional")
 
     def __init__(self, file: ServedFile, flags: int) -> None:
         self.file = file
@@ -32,9 +31,16 @@ class OpenFile:
         self.mode = file.attributes.mode
         """As last known: whether it has set-id bits that a write takes away."""
         self.is_writable = flags & os.O_ACCMODE != os.O_RDONLY
+        self.is_mappable = flags & os.O_ACCMODE == os.O_RDWR
+        """A shared mapping of it may be written to."""
         self.is_append = flags & os.O_APPEND != 0
         self.positional: ServedFile | None = None
         """Beside a file that appends: the same one for pages of mappings, which belong where they are."""
+
+    @property
+    def has_set_id(self) -> bool:
+        """Whether a write by an ordinary user changes the mode."""
+        return without_set_id(self.mode) != self.mode
 
     async def release(self) -> None:
         """The last descriptor is gone."""
@@ -83,14 +89,9 @@ class Files:
     async def open(self, header: Header, request: Open) -> bytes:
         """Revalidates; O_TRUNC is done here."""
         inode = Inode(header.node)
-        file = await self._volume.open_file(inode, flags=request.flags)
-        mode = file.attributes.mode
-        if request.kill_suid_sgid and kept_mode(mode) != mode:
-            try:
-                await self._volume.set_attributes(inode, mode=stat.S_IMODE(kept_mode(mode)))
-            except MendfsError:
-                await file.release()
-                raise
+        file = await self._volume.open_file(inode, flags=request.flags, clear_set_id=request.kill_suid_sgid)
+        if request.kill_suid_sgid:
+            self.mode_changed(inode, file.attributes.mode)
         return self._add(file, request.flags)
 
     async def create(self, header: Header, request: Create) -> bytes:
@@ -137,6 +138,29 @@ class Files:
             except MendfsError as error:
                 log.error("releasing a file failed", inode=opened.inode, error=str(error))
 
+    # --- room -------------------------------------------------------------------------------------------------
+
+    async def allocate(self, header: Header, request: Allocate) -> bytes:
+        """fallocate(2). What the kernel has cached of a punched range it forgets by itself."""
+        opened = self._handles.get(request.handle)
+        if header.uid:
+            # A change of contents by an ordinary user, but here the kernel does not say so.
+            await self._clear_set_id(opened)
+        await opened.file.allocate(request.mode, request.offset, request.length)
+        return b""
+
+    async def seek(self, header: Header, request: Seek) -> bytes:
+        """SEEK_DATA and SEEK_HOLE."""
+        opened = self._handles.get(request.handle)
+        if not any(each.inode == opened.inode and each.is_mappable for each in self._handles):
+            return protocol_replies.sought(await opened.file.seek(request.offset, request.whence))
+        # Pages that a mapping has changed may still be with the kernel, which does not tell: a copy that left them out
+        # as a hole would lose them. All of the file counts as data until nobody can map it any more.
+        size = (await self._volume.attributes(opened.inode)).size
+        if request.offset >= size:
+            raise OperationError(errno.ENXIO)
+        return protocol_replies.sought(request.offset if request.whence == os.SEEK_DATA else size)
+
     # --- data -------------------------------------------------------------------------------------------------
 
     async def read(self, channel: Channel, header: Header, request: Read) -> None:
@@ -152,7 +176,7 @@ class Files:
     def try_write(self, request: Write, data: memoryview) -> bool:
         """Whether the bytes could be taken without waiting."""
         opened = self._handles.get(request.handle)
-        if request.kill_suid_sgid and kept_mode(opened.mode) != opened.mode:
+        if request.kill_suid_sgid and opened.has_set_id:
             return False
         if request.is_from_cache and opened.is_append:
             return False
@@ -161,11 +185,15 @@ class Files:
     async def write(self, request: Write, data: memoryview) -> bytes:
         """Take the bytes, waiting for room."""
         opened = self._handles.get(request.handle)
-        if request.kill_suid_sgid and kept_mode(opened.mode) != opened.mode:
-            attributes = await self._volume.set_attributes(opened.inode, mode=stat.S_IMODE(kept_mode(opened.mode)))
-            self.mode_changed(opened.inode, attributes.mode)
+        if request.kill_suid_sgid:
+            await self._clear_set_id(opened)
         file = await self._positional(opened) if request.is_from_cache and opened.is_append else opened.file
         return protocol_replies.written(await file.write(data, request.offset))
+
+    async def _clear_set_id(self, opened: OpenFile) -> None:
+        if opened.has_set_id:
+            attributes = await self._volume.set_attributes(opened.inode, clear_set_id=True)
+            self.mode_changed(opened.inode, attributes.mode)
 
     async def _positional(self, opened: OpenFile) -> ServedFile:
         if opened.positional is None:

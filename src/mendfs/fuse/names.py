@@ -31,16 +31,10 @@ from mendfs.model import NAME_BYTES_MAX, Inode
 STATFS_BLOCK_BYTES = 4096
 INODES_MAX = 1 << 40
 """What `df -i` shows as possible: numbers are plentiful, room is the limit."""
+TRUSTED = b"trusted."
 CAPABILITY = b"security.capability"
 UNSUPPORTED_XATTRS = (CAPABILITY, b"system.posix_acl_access", b"system.posix_acl_default")
 """File capabilities and ACLs would be kept but not enforced: a refusal is honest, and answered without the volume."""
-
-
-def kept_mode(mode: int) -> int:
-    """`mode` after a change of owner, a truncation or a write by an ordinary user: without set-id bits."""
-    mode &= ~stat.S_ISUID
-    # Without group execution the bit is not set-group-id but mandatory locking: Linux leaves it.
-    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode
 
 
 class Names:
@@ -72,10 +66,6 @@ class Names:
         """Mode, owner, size, times."""
         inode = Inode(header.node)
         mode = request.mode
-        if request.kill_suid_sgid and mode is None:
-            # The bits go in the same change as the owner: never is a program set-user-id for its new owner.
-            now = (await self._volume.attributes(inode)).mode
-            mode = kept_mode(now) if stat.S_ISREG(now) and kept_mode(now) != now else None
         attributes = await self._volume.set_attributes(
             inode,
             mode=None if mode is None else stat.S_IMODE(mode),
@@ -84,8 +74,9 @@ class Names:
             size=request.size,
             atime_ns=self._now_ns() if request.atime_is_now else request.atime_ns,
             mtime_ns=self._now_ns() if request.mtime_is_now else request.mtime_ns,
+            clear_set_id=request.kill_suid_sgid,
         )
-        if mode is not None:
+        if mode is not None or request.kill_suid_sgid:
             self._mode_changed(inode, attributes.mode)
         return self._replies.attributes(attributes)
 
@@ -172,6 +163,9 @@ class Names:
     async def list_xattr(self, header: Header, request: ListXattr) -> bytes:
         """The names, each with its NUL."""
         names = await self._volume.list_xattr(Inode(header.node))
+        if header.uid:
+            # As on a local disk: their values are root's, so are their names.
+            names = tuple(name for name in names if not name.startswith(TRUSTED))
         return _sized(b"".join(name + b"\0" for name in names), request.size)
 
     async def set_xattr(self, header: Header, request: SetXattr) -> bytes:

@@ -12,6 +12,7 @@ from mendfs.fuse.directories import Directories
 from mendfs.fuse.files import Files
 from mendfs.fuse.names import Names
 from mendfs.fuse.protocol_requests import (
+    Allocate,
     Create,
     Flush,
     Fsync,
@@ -28,6 +29,7 @@ from mendfs.fuse.protocol_requests import (
     Read,
     Release,
     Rename,
+    Seek,
     SetAttributes,
     SetXattr,
     Symlink,
@@ -101,6 +103,8 @@ def waiting_operations(names: Names, files: Files, directories: Directories, cha
         constants.CREATE: _waiting(Create.parse, files.create),
         constants.READ: _waiting(Read.parse, read),
         constants.FLUSH: _waiting(Flush.parse, files.flush),
+        constants.FALLOCATE: _waiting(Allocate.parse, files.allocate),
+        constants.LSEEK: _waiting(Seek.parse, files.seek),
         constants.FSYNC: _waiting(Fsync.parse, files.fsync),
         constants.READDIR: _waiting(Read.parse, directories.read),
         constants.READDIRPLUS: _waiting(Read.parse, directories.read_plus),

@@ -21,6 +21,7 @@ _ATTRIBUTES_VALID = Struct("=QII")
 _ATTRIBUTES = Struct("=QQQqqqIIIIIIIIII")
 _OPENED = Struct("=QII")
 _STATFS = Struct("=QQQQQIII28x")
+_U64 = Struct("=Q")
 _U32_2 = Struct("=II")
 _DIRENT = Struct("=QQII")
 _INVAL_INODE = Struct("=Qqq")
@@ -187,6 +188,11 @@ def opened(handle: int, flags: int) -> bytes:
 def written(size: int) -> bytes:
     """The answer to WRITE."""
     return _U32_2.pack(size, 0)
+
+
+def sought(offset: int) -> bytes:
+    """The answer to LSEEK."""
+    return _U64.pack(offset)
 
 
 def xattr_size(size: int) -> bytes:

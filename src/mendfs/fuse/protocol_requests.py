@@ -32,6 +32,8 @@ _READ = Struct("=QQIIQII")
 _RELEASE = Struct("=QIIQ")
 _FLUSH = Struct("=QIIQ")
 _FSYNC = Struct("=QII")
+_ALLOCATE = Struct("=QQQII")
+_SEEK = Struct("=QQII")
 _RENAME2 = Struct("=QII")
 
 NS_PER_S = 1_000_000_000
@@ -347,6 +349,35 @@ class Fsync(NamedTuple):
         """Handle and flags."""
         handle, flags, _ = _fields(_FSYNC, body)
         return cls(handle, flags & constants.FSYNC_FDATASYNC != 0)
+
+
+class Allocate(NamedTuple):
+    """FALLOCATE. Answer: nothing."""
+
+    handle: int
+    offset: int
+    length: int
+    mode: int
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Handle, range, mode."""
+        handle, offset, length, mode, _ = _fields(_ALLOCATE, body)
+        return cls(handle, offset, length, mode)
+
+
+class Seek(NamedTuple):
+    """LSEEK, only ever with SEEK_DATA or SEEK_HOLE. Answer: `protocol_replies.sought`."""
+
+    handle: int
+    offset: int
+    whence: int
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Handle, offset, whence."""
+        handle, offset, whence, _ = _fields(_SEEK, body)
+        return cls(handle, offset, whence)
 
 
 class SetXattr(NamedTuple):

@@ -35,6 +35,14 @@ class ServedFile(Protocol):
         """Take the bytes; a file opened with O_APPEND ignores `offset`."""
         ...
 
+    async def allocate(self, mode: int, offset: int, length: int) -> None:
+        """As fallocate(2); EOPNOTSUPP for modes that it does not know."""
+        ...
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """As lseek(2) with SEEK_DATA (3) and SEEK_HOLE (4)."""
+        ...
+
     async def flush(self) -> None:
         """At each close(2): stored and committed. Raises an error that is pending."""
         ...
@@ -78,8 +86,9 @@ class ServedVolume(Protocol):
         size: int | None = None,
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
+        clear_set_id: bool = False,
     ) -> Attributes:
-        """Change what is not None."""
+        """Change what is not None; `clear_set_id` takes the set-id bits from a regular file whose mode is not set."""
         ...
 
     async def make(
@@ -143,8 +152,8 @@ class ServedVolume(Protocol):
         """Room and use."""
         ...
 
-    async def open_file(self, inode: Inode, *, flags: int) -> ServedFile:
-        """Revalidates; O_TRUNC truncates."""
+    async def open_file(self, inode: Inode, *, flags: int, clear_set_id: bool = False) -> ServedFile:
+        """Revalidates; O_TRUNC truncates, and with `clear_set_id` takes the set-id bits."""
         ...
 
     async def open_made(self, attributes: Attributes, *, flags: int) -> ServedFile:

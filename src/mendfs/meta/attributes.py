@@ -10,7 +10,7 @@ from mendfs.extents import add_cut
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
 from mendfs.meta.inodes import changed, find, visible, write
-from mendfs.model import NAME_BYTES_MAX, SIZE_MAX, Attributes, Inode
+from mendfs.model import NAME_BYTES_MAX, SIZE_MAX, Attributes, Inode, without_set_id
 from mendfs.wire.messages import meta as messages
 
 XATTR_CREATE = 1
@@ -28,6 +28,8 @@ async def set_attributes(tx: Transaction, request: messages.SetAttributes) -> At
     fields: dict[str, object] = {"ctime_ns": request.now_ns, "version": tx.sequence()}
     if request.mode is not None:
         fields["mode"] = stat.S_IFMT(record.attributes.mode) | stat.S_IMODE(request.mode)
+    elif request.clear_set_id and stat.S_ISREG(record.attributes.mode):
+        fields["mode"] = without_set_id(record.attributes.mode)
     for name in ("uid", "gid", "atime_ns", "mtime_ns"):
         value = getattr(request, name)
         if value is not None:

@@ -19,6 +19,7 @@ from mendfs.meta import attributes, background, namespace, ranges, status, volum
 from mendfs.meta import blocks as block_operations
 from mendfs.meta import commit as commits
 from mendfs.meta.inodes import read_attributes, visible
+from mendfs.meta.punch import punch_range
 from mendfs.meta.registry import Registry
 from mendfs.meta.sessions import LEASE_S, Answer, Session, answered_once
 from mendfs.meta.state import State
@@ -72,6 +73,7 @@ class MetaServer:
             messages.SetXattr: self._set_xattr,
             messages.RemoveXattr: self._remove_xattr,
             messages.Commit: self._commit,
+            messages.Punch: self._punch,
             messages.AcknowledgeLate: self._acknowledge_late,
             messages.SyncLog: self._sync_log,
             messages.GetStatus: self._get_status,
@@ -240,6 +242,14 @@ class MetaServer:
             return await commits.commit(tx, request, session.id, self.state.volume)
 
         answer = await self._change(session, request.at, change)
+        self.state.work.set()
+        return answer
+
+    async def _punch(self, peer: Peer, request: messages.Punch) -> Answer:
+        async def change(tx: Transaction) -> Answer:
+            return await punch_range(tx, request, self.state.volume)
+
+        answer = await self._change(self.registry.session_of(peer), request.at, change)
         self.state.work.set()
         return answer
 

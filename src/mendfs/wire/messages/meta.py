@@ -233,6 +233,9 @@ class SetAttributes(msgspec.Struct, frozen=True, tag="set_attributes", forbid_un
     size: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    clear_set_id: bool = False
+    """A regular file loses its set-id bits in the same change, unless it sets the mode: never is a program
+    set-user-id for its new owner, or with new contents."""
 
 
 class SetXattr(msgspec.Struct, frozen=True, tag="set_xattr", forbid_unknown_fields=True):
@@ -296,6 +299,24 @@ class Committed(msgspec.Struct, frozen=True, tag="committed", forbid_unknown_fie
     previous_version: CommitSequence
     slots: tuple[SlotExtents, ...]
     """The changed slots as they are now."""
+    sequence: CommitSequence
+
+
+class Punch(msgspec.Struct, frozen=True, tag="punch", forbid_unknown_fields=True):
+    """Let the bytes [begin, end) of a file read as zeros and hold no blocks; the size stays. Answer: `Punched`."""
+
+    at: RequestId
+    inode: Inode
+    begin: int
+    end: int
+    now_ns: int
+
+
+class Punched(msgspec.Struct, frozen=True, tag="punched", forbid_unknown_fields=True):
+    """Done up to byte `next`: ask again from there until it is the end."""
+
+    attributes: Attributes
+    next: int
     sequence: CommitSequence
 
 
@@ -369,6 +390,8 @@ MetaMessage = (
     | SetXattr
     | RemoveXattr
     | Commit
+    | Punch
+    | Punched
     | Committed
     | AcknowledgeLate
     | SyncLog
