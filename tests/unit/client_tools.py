@@ -213,7 +213,6 @@ class Cluster:
         self.listen = "127.0.0.1:0"
 
     async def start(self) -> None:
-        self.engine = await MemoryEngine.open()
         await format_volume(self.engine, self.volume, self.world)
         await self.start_meta()
         for number in range(self.volume.server_count):
@@ -240,8 +239,9 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(**changes: Any) -> AsyncIterator[Cluster]:
+async def cluster(*, engine: MemoryEngine | None = None, **changes: Any) -> AsyncIterator[Cluster]:
     made = Cluster(World(TcpNetwork(), LocalDisk(), random.Random(1), time.time_ns), parameters(**changes))
+    made.engine = engine or await MemoryEngine.open()
     await made.start()
     try:
         yield made

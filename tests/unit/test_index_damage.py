@@ -33,7 +33,9 @@ async def test_a_damaged_index_is_made_again_from_the_segments(tmp_path: Path, k
         await store.put(put, memoryview(content(number, 3000)))
     await store.sync()
     await abandon(store)
-    await store._index.engine.release()
+    engine = store._index.engine
+    assert isinstance(engine, RocksEngine)
+    await engine.release()
     store._segments.close()
     damaged = max((tmp_path / "index").glob(kind), key=lambda path: path.stat().st_size)
     os.truncate(damaged, os.path.getsize(damaged) // 2)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import typer
 
-from mendfs.errors import Unreachable, UsageError
+from mendfs.errors import MendfsError, Unreachable, UsageError
 
 DEFAULT_DIR = "./mendfs-data"
 DEBUG = "MENDFS_DEBUG"
@@ -65,6 +65,26 @@ def _secret_path(named: str, folder: str) -> str:
     if not path:
         raise UsageError("the cluster's secret is needed: name its file with --secret-file or MENDFS_SECRET_FILE")
     return os.path.abspath(path)
+
+
+def why_silent(located: Located, error: Unreachable) -> MendfsError:
+    """Why the meta server of a cluster on this machine does not answer, as far as its folder knows."""
+    if not located.dir:
+        return error
+    from mendfs.cluster.folder import ClusterFolder
+    from mendfs.world.local_disk import LocalDisk
+    from mendfs.world.processes import LocalProcesses
+
+    folder = ClusterFolder(LocalDisk(), located.dir)
+    trouble = folder.read_troubles().get("meta")
+    if trouble:
+        return MendfsError(f"the meta server stopped: {trouble}")
+    record = folder.read()
+    for child in record.children if record is not None else ():
+        if child.name == "meta" and LocalProcesses().identity(child.process.pid) == child.process:
+            log = folder.inside("logs", "meta.log")
+            return MendfsError(f"{error}: its process {child.process.pid} runs, see {log} (does its disk hang?)")
+    return error
 
 
 def run(work: Coroutine[Any, Any, Result]) -> Result:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from mendfs.cli.options import Located
+from mendfs.cli.options import Located, why_silent
 from mendfs.cli.volumes import open_volume, path_in_volume
 from mendfs.client.paths import resolve
 from mendfs.cluster.folder import read_secret
 from mendfs.cluster.query import ask, connect_as_tool
-from mendfs.errors import UsageError
+from mendfs.errors import Unreachable, UsageError
 from mendfs.model import BlockId, Partition
 from mendfs.wire.messages.data import Contents, HeldBlock, ListContents
 from mendfs.wire.messages.meta import BlocksLocated, GetStatus, LocateBlocks, StatusReport
@@ -20,7 +20,10 @@ VERIFY_TIMEOUT_S = 600.0
 
 
 async def _ask_meta(world: World, located: Located) -> Peer:
-    return await connect_as_tool(world, located.meta, read_secret(world.disk, located.secret_path))
+    try:
+        return await connect_as_tool(world, located.meta, read_secret(world.disk, located.secret_path))
+    except Unreachable as error:
+        raise why_silent(located, error) from error
 
 
 async def status_of(located: Located) -> dict[str, Any]:

@@ -5,10 +5,10 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from mendfs.cli.options import Located
+from mendfs.cli.options import Located, why_silent
 from mendfs.client.volume import Volume, VolumeOptions
 from mendfs.cluster.folder import read_secret
-from mendfs.errors import MendfsError, UsageError
+from mendfs.errors import MendfsError, Unreachable, UsageError
 from mendfs.fuse import device
 from mendfs.world import real_world
 
@@ -19,7 +19,10 @@ async def open_volume(located: Located, *, read_only: bool = False) -> AsyncIter
     world = real_world()
     name = f"{socket.gethostname()}: a command (process {os.getpid()})"
     options = VolumeOptions(meta=located.meta, name=name, read_only=read_only)
-    volume = await Volume.open(world, options, read_secret(world.disk, located.secret_path))
+    try:
+        volume = await Volume.open(world, options, read_secret(world.disk, located.secret_path))
+    except Unreachable as error:
+        raise why_silent(located, error) from error
     try:
         yield volume
     except BaseException:

@@ -47,6 +47,11 @@ class Durability:
         self._running: dict[ServerNumber, asyncio.Task[None]] = {}
         self._next: dict[ServerNumber, asyncio.Task[None]] = {}
         self._background: asyncio.Task[None] | None = None
+        self._lost: MendfsError | None = None
+
+    def lost(self, error: MendfsError) -> None:
+        """Names that nobody synced may be gone: who syncs them next is told, once."""
+        self._lost = error
 
     def committed(self, file: File, upload: Upload) -> None:
         """A block that the metadata names from now on; late acknowledgements still enter `acknowledged`."""
@@ -81,6 +86,9 @@ class Durability:
         """Everything this client has committed, and the log."""
         await self.sync_everything_committed()
         await self.sync_log()
+        error, self._lost = self._lost, None
+        if error is not None:
+            raise error
 
     async def sync_everything_committed(self) -> None:
         """The data of everything this client has committed."""

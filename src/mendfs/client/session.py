@@ -16,6 +16,8 @@ from mendfs.client.tasks import Changes, Tasks
 from mendfs.errors import (
     BadMessage,
     DeadlineExceeded,
+    EngineFailed,
+    EngineUnreadable,
     MendfsError,
     NotAuthentic,
     NotReady,
@@ -75,8 +77,8 @@ class SessionOwner(Protocol):
         """A session was opened or resumed: table and servers are the newest."""
         ...
 
-    def went_back(self) -> None:
-        """The server has lost changes that it had answered: everything cached may be wrong."""
+    def went_back(self, survived: CommitSequence) -> None:
+        """The server has lost the changes above `survived` that it had answered: what is cached may be wrong."""
         ...
 
     def table_changed(self, table: Table, servers: tuple[ServerView, ...]) -> None:
@@ -150,9 +152,9 @@ class Session:
                 return self._checked(await self._call(peer, message, deadline_s), answer)
             except SessionLost:
                 self._lost(life)
-            except DeadlineExceeded:
+            except (DeadlineExceeded, EngineUnreadable):
                 raise
-            except (Unreachable, NotReady) as error:
+            except (Unreachable, NotReady, EngineFailed) as error:
                 await self._pause(peer, error)
 
     async def change(
@@ -196,9 +198,9 @@ class Session:
             except SessionLost:
                 self._lost(life)
                 raise
-            except DeadlineExceeded:
+            except (DeadlineExceeded, EngineUnreadable):
                 raise
-            except (Unreachable, NotReady) as error:
+            except (Unreachable, NotReady, EngineFailed) as error:
                 await self._pause(peer, error)
 
     async def _settle(self, slot: int, message: Message, progress: "_Progress") -> None:
@@ -236,7 +238,10 @@ class Session:
         return self._peer
 
     async def _pause(self, peer: Peer, error: MendfsError) -> None:
-        if isinstance(error, Unreachable) and not peer.is_closed:
+        if isinstance(error, EngineFailed):
+            # The server says that it stops: the same request is asked of the one that follows it.
+            self._trouble = error
+        if not isinstance(error, NotReady) and not peer.is_closed:
             await peer.close()
         elif isinstance(error, NotReady):
             await asyncio.sleep(NOT_READY_PAUSE_S)
@@ -298,10 +303,13 @@ class Session:
         except BaseException:
             await peer.close()
             raise
-        if opened.sequence < self.sequence_seen:
-            log.warning("the meta server lost changes", seen=self.sequence_seen, has=opened.sequence)
-            self.sequence_seen = opened.sequence
-            self._owner.went_back()
+        is_new = self._id is None and self.sequence_seen > 0
+        # A new session does not say of which generation the old one was: from another one nothing is sure.
+        survived = CommitSequence(0) if is_new and opened.generation != self.generation else opened.survived
+        if survived < self.sequence_seen:
+            log.warning("the meta server lost changes", seen=self.sequence_seen, survived=survived)
+            self._owner.went_back(survived)
+        self.sequence_seen = opened.sequence
         self._id = opened.session
         self._volume_id = opened.volume.id
         self.volume = opened.volume
@@ -311,7 +319,7 @@ class Session:
 
     async def _opened(self, peer: Peer) -> messages.SessionOpened:
         if self._id is not None:
-            resume = messages.ResumeSession(self._id, self._owner.open_inodes(), self.sequence_seen)
+            resume = messages.ResumeSession(self._id, self._owner.open_inodes(), self.sequence_seen, self.generation)
             try:
                 answer, _ = await peer.call(resume, deadline_s=HANDSHAKE_TIMEOUT_S)
                 return self._checked(answer, messages.SessionOpened)

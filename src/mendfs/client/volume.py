@@ -33,7 +33,7 @@ from mendfs.client.uploader import Uploader
 from mendfs.client.where import Where, WhereSlot
 from mendfs.client.writer import Writer
 from mendfs.errors import MendfsError, OperationError
-from mendfs.model import Attributes, BlockId, Inode, ServerView, Table
+from mendfs.model import Attributes, BlockId, CommitSequence, Inode, ServerView, Table
 from mendfs.wire.messages import meta as messages
 from mendfs.wire.messages.meta import Listing, VolumeStat
 from mendfs.wire.messages.session import GrantIds, IdsGranted, SessionOpened
@@ -340,13 +340,18 @@ class Volume:
             self._is_lost = False
             self._tasks.spawn(self._opens.open_again())
 
-    def went_back(self) -> None:
+    def went_back(self, survived: CommitSequence) -> None:
         """See SessionOwner."""
+        self._durability.lost(MendfsError("the meta server stopped, and changes that were not synced are lost"))
         for file in self._shared.files:
+            if file.version <= survived:
+                continue  # as it was then, it still is
             file.forget_all()
-            if file.unsynced:
-                file.unsynced.clear()
-                file.errors.append(MendfsError("the meta server lost changes that were not synced; this file's too"))
+            file.unsynced.clear()
+            if file.opens:
+                file.errors.append(
+                    MendfsError("the meta server stopped, and changes of this file that were not synced are lost")
+                )
 
     def table_changed(self, table: Table, servers: tuple[ServerView, ...]) -> None:
         """See SessionOwner."""

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from mendfs.cluster.parameters import VolumeWishes
-from mendfs.errors import MendfsError
+from mendfs.errors import MendfsError, StoreDamaged
 from mendfs.model import Volume
 
 
@@ -27,8 +27,10 @@ class MetaChild(msgspec.Struct, frozen=True, kw_only=True, tag="meta"):
     dir: str
     listen: str
     secret_path: str
-    format: Volume | None = None
-    """Make this volume if there is none yet."""
+    volume: Volume | None = None
+    """What the folder must hold; None: whatever it does."""
+    may_format: bool = False
+    """Make that volume if there is none yet. Never once it was there: an emptied folder must not become a new one."""
 
 
 class DataChild(msgspec.Struct, frozen=True, kw_only=True, tag="data"):
@@ -97,6 +99,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
     text: str
     exit_code: int
+    is_final: bool = False
+    """Starting it again would not help: somebody has to do something first."""
 
 
 Report = Ready | Waiting | Failed
@@ -207,9 +211,13 @@ def main() -> None:
     try:
         uvloop.run(run(role, reports.say))
     except MendfsError as error:
-        reports.say(Failed(str(error), error.exit_code))
+        reports.say(Failed(str(error), error.exit_code, isinstance(error, StoreDamaged)))
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        reports.say(Failed(text, MendfsError.exit_code))
+        raise
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     lock           held by the supervisor while it lives
     stop.json      how long the mount may flush, written by `down` before it asks the supervisor to stop
     unflushed.json what the mount could not flush, said by the mount
+    troubles.json  why a process is not running, said by the supervisor
     stopped.json   what did not go well when all was stopped, said by the supervisor
     meta/ data-N/  the stores
     logs/          one file a process
@@ -50,6 +51,8 @@ class ClusterRecord(msgspec.Struct, frozen=True, kw_only=True):
     supervisor: ProcessIdentity | None = None
     children: tuple[ChildRecord, ...] = ()
     record_version: int = 1
+    is_formatted: bool = False
+    """The volume was there once: a meta server's folder without one has lost it."""
 
 
 class StopWish(msgspec.Struct, frozen=True):
@@ -162,6 +165,18 @@ class ClusterFolder:
     def read_stopped(self) -> tuple[str, ...]:
         """What did not go well when all was last stopped."""
         return self._read_lines("stopped.json")
+
+    def write_troubles(self, troubles: dict[str, str]) -> None:
+        """Note why which processes are not running; none: no note."""
+        if troubles:
+            self._disk.replace_file(self.inside("troubles.json"), msgspec.json.encode(troubles))
+        else:
+            self.forget("troubles.json")
+
+    def read_troubles(self) -> dict[str, str]:
+        """Why which processes are not running, by name."""
+        raw = self._read_if_there("troubles.json")
+        return {} if raw is None else msgspec.json.decode(raw, type=dict[str, str])
 
     def forget(self, *names: str) -> None:
         """Remove files that belong to one stop, if they are there."""

@@ -31,7 +31,9 @@ async def prepare(
 ) -> Supervisor:
     """Check and clear everything, and write down what will run. The caller holds the folder's lock."""
     record = folder.read()
-    volume = await _volume(world, folder, record, options)
+    stored = None if record is not None else await _stored_volume(folder)
+    was_formatted = stored is not None if record is None else record.is_formatted
+    volume = _volume(world, folder, record.volume if record is not None else stored, options)
     if record is not None:
         await _clear(world, processes, folder, record, notice)
     if options.mount:
@@ -45,9 +47,10 @@ async def prepare(
         meta=_address(base_port),
         mount=options.mount,
         supervisor=processes.identity(os.getpid()),
+        is_formatted=was_formatted,
     )
     folder.write(record)
-    folder.forget("stop.json", "unflushed.json", "stopped.json")
+    folder.forget("stop.json", "unflushed.json", "stopped.json", "troubles.json")
     return Supervisor(world, processes, folder, record, _roles(folder, record, options), notice)
 
 
@@ -60,15 +63,12 @@ def check_wishes(folder: ClusterFolder, options: SupervisorChild) -> None:
         new_volume(options.wishes, volume_id="", now_ns=0)
 
 
-async def _volume(
-    world: World, folder: ClusterFolder, record: ClusterRecord | None, options: SupervisorChild
-) -> Volume:
-    volume = record.volume if record is not None else await _stored_volume(folder)
-    if volume is None:
+def _volume(world: World, folder: ClusterFolder, known: Volume | None, options: SupervisorChild) -> Volume:
+    if known is None:
         volume_id = world.rng.randbytes(16).hex()
         return new_volume(options.wishes, volume_id=volume_id, now_ns=world.now_ns())
-    check_same(options.wishes, volume, where=folder.path)
-    return volume
+    check_same(options.wishes, known, where=folder.path)
+    return known
 
 
 async def _stored_volume(folder: ClusterFolder) -> Volume | None:
@@ -145,7 +145,13 @@ def _address(port: int) -> str:
 def _roles(folder: ClusterFolder, record: ClusterRecord, options: SupervisorChild) -> list[Kept]:
     """The meta server, the data servers and, if asked for, the mount; the heaviest to start comes first."""
     secret_path = folder.secret_path
-    meta = MetaChild(dir=folder.inside("meta"), listen=record.meta, secret_path=secret_path, format=record.volume)
+    meta = MetaChild(
+        dir=folder.inside("meta"),
+        listen=record.meta,
+        secret_path=secret_path,
+        volume=record.volume,
+        may_format=not record.is_formatted,
+    )
     kept = [Kept("meta", meta, record.meta)]
     if record.mount:
         mount = MountChild(

@@ -23,7 +23,7 @@ from mendfs.cluster.child import (
 )
 from mendfs.cluster.folder import ClusterFolder, read_secret
 from mendfs.errors import UsageError
-from mendfs.world import real_world
+from mendfs.world import World, real_world
 
 Say = Callable[[Report], None]
 
@@ -32,28 +32,42 @@ OPEN_TIMEOUT_S = 60.0
 
 
 async def run_meta(role: MetaChild, stop: asyncio.Event, say: Say) -> None:
-    """Run a meta server; its volume is made first if there is none and one is described."""
+    """Run a meta server; its volume is made first if there is none and that is allowed."""
     from mendfs.kv.rocks import RocksEngine
+    from mendfs.meta.room import write_buffer_bytes
     from mendfs.meta.server import MetaOptions, start_meta
-    from mendfs.meta.volume import format_volume, read_volume
+    from mendfs.meta.volume import check_volume, format_volume
+    from mendfs.world.stalls import StallWatch
 
     world = real_world()
     secret = read_secret(world.disk, role.secret_path)
-    if role.format is None and not (world.disk.exists(role.dir) and world.disk.names(role.dir)):
+    if role.volume is None and not (world.disk.exists(role.dir) and world.disk.names(role.dir)):
         # Said before a store is made, or the next try would find an empty one.
         raise UsageError(f'there is no volume in {os.path.dirname(role.dir)}: make one with "mendfs format"')
-    world.disk.make_directories(role.dir)
-    engine = await RocksEngine.open(role.dir)
-    if role.format is not None and await read_volume(engine) is None:
-        await format_volume(engine, role.format, world, uid=os.geteuid(), gid=os.getegid())
-    server = await start_meta(world, engine, MetaOptions(listen=role.listen), secret)
-    say(Ready(server.address, server.state.volume))
-    try:
-        await first_of(stop.wait(), server.state.failed)
-    finally:
-        await server.close()
+    with StallWatch(f"the meta server does not answer: does the disk below {role.dir} hang?"):
+        engine = await RocksEngine.open(
+            role.dir,
+            write_buffer_bytes=write_buffer_bytes(_disk_bytes(world, role.dir)),
+            may_create=role.may_format,
+        )
+        if not await check_volume(engine, role.volume, may_format=role.may_format, where=role.dir):
+            assert role.volume is not None, "else it would have been refused"
+            await format_volume(engine, role.volume, world, uid=os.geteuid(), gid=os.getegid())
+        server = await start_meta(world, engine, MetaOptions(listen=role.listen, dir=role.dir), secret)
+        say(Ready(server.address, server.state.volume))
+        try:
+            await first_of(stop.wait(), server.state.failed)
+        finally:
+            await server.close()
     if server.state.failed.done():
         raise server.state.failed.result()
+
+
+def _disk_bytes(world: World, folder: str) -> int:
+    """Size of the disk that holds the folder, or will: that of the nearest folder there is."""
+    while not world.disk.exists(folder) and folder != "/":
+        folder = os.path.dirname(folder)
+    return world.disk.total_bytes(folder)
 
 
 async def run_data(role: DataChild, stop: asyncio.Event, say: Say) -> None:

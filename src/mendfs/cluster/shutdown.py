@@ -12,7 +12,7 @@ from mendfs.errors import MendfsError, UsageError
 from mendfs.world import World, real_world
 from mendfs.world.processes import LocalProcesses, Processes
 
-OWN_FILES = ("cluster.json", "secret", "lock", "stop.json", "unflushed.json", "stopped.json")
+OWN_FILES = ("cluster.json", "secret", "lock", "stop.json", "unflushed.json", "stopped.json", "troubles.json")
 
 
 async def shut_down(path: str, *, timeout_s: float) -> tuple[bool, tuple[str, ...]]:
@@ -62,7 +62,7 @@ async def _stop_rest(
         await clean_dead_mount(world.disk, record.mount)
     if record.children or record.supervisor is not None:
         folder.write(msgspec.structs.replace(record, supervisor=None, children=(), mount=""))
-    folder.forget("stop.json", "unflushed.json", "stopped.json")
+    folder.forget("stop.json", "unflushed.json", "stopped.json", "troubles.json")
     return was_running or bool(running), lines
 
 

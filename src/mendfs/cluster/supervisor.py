@@ -17,10 +17,10 @@ from collections.abc import Callable
 import msgspec
 
 from mendfs.cluster.backoff import Backoff
-from mendfs.cluster.child import FLUSH_TIMEOUT_S, Failed, MountChild, Ready, Report, Role
+from mendfs.cluster.child import FLUSH_TIMEOUT_S, Failed, MetaChild, MountChild, Ready, Report, Role
 from mendfs.cluster.folder import ChildRecord, ClusterFolder, ClusterRecord
 from mendfs.cluster.leftovers import clean_dead_mount, stop_processes
-from mendfs.errors import MendfsError, UsageError
+from mendfs.errors import MendfsError, StoreDamaged, UsageError
 from mendfs.world import World
 from mendfs.world.processes import Child, Processes
 
@@ -41,6 +41,8 @@ class Kept:
         self.is_up = False
         self.since_s = 0.0
         self.backoff = Backoff()
+        self.trouble = ""
+        """Why it is not running, once that was said."""
 
 
 class Supervisor:
@@ -79,6 +81,10 @@ class Supervisor:
         except BaseException:
             await self.stop(timeout_s=0)
             raise
+        if not self._record.is_formatted:
+            # From now on an empty folder is a lost one.
+            self._record = msgspec.structs.replace(self._record, is_formatted=True)
+            self._folder.write(self._record)
 
     async def run(self) -> None:
         """Start again whatever ends, until this is cancelled."""
@@ -127,7 +133,7 @@ class Supervisor:
         except TimeoutError as error:
             raise MendfsError(f"{kept.name} was not ready after {READY_TIMEOUT_S:.0f} s: see {log}") from error
         if status is not None:
-            raise MendfsError(f"{kept.name} ended with status {status} before it was ready: see {log}")
+            raise MendfsError(f"{kept.name} ended with {_ending(status)} before it was ready: see {log}")
         report: Report = msgspec.json.decode(raw, type=Report)
         if isinstance(report, Failed):
             raise _failure(report)
@@ -144,19 +150,48 @@ class Supervisor:
             if status == 0 and isinstance(kept.role, MountChild):
                 self._forget_mount(kept)
                 return
-            self.notice(
-                f"{kept.name} (process {kept.child.identity.pid}) ended with {_ending(status)}: starting it again"
-            )
-            await asyncio.sleep(kept.backoff.delay_s(loop.time() - kept.since_s, was_ready=was_ready))
+            if was_ready:
+                await self._tell_end(kept, status)
+            # One that says why it stops will mostly do so again: it is given more and more time, until it stays up.
+            is_missed = was_ready and not kept.trouble
+            await asyncio.sleep(kept.backoff.delay_s(loop.time() - kept.since_s, was_ready=is_missed))
             try:
                 await self._start_again(kept)
             except (MendfsError, OSError) as error:
                 # OSError: no room to write the new pid down, no memory for a process. Both may pass.
-                self.notice(f"{kept.name} could not be started: {error}")
                 # It has ended or is about to; one that hangs before it is ready is of no use to anybody.
                 kept.child.signal(signal.SIGKILL)
+                is_final = isinstance(error, StoreDamaged) and isinstance(kept.role, MetaChild)
+                after = f'not tried again: mend that, then "mendfs down" and "mendfs up" ({self._folder.path})'
+                self._trouble(kept, f"{error}; {after if is_final else 'tried again until it starts'}")
+                if is_final:
+                    return
                 continue
+            self._trouble(kept, "")
             self.notice(f"{kept.name} is up again (process {kept.child.identity.pid})")
+
+    async def _tell_end(self, kept: Kept, status: int) -> None:
+        """Say how a process that was up has ended, in its own last words if it had any."""
+        assert kept.child is not None, "it ended"
+        raw = await kept.child.report()
+        report: Report = msgspec.json.decode(raw, type=Report) if raw else Ready()
+        if isinstance(report, Failed):
+            self._trouble(kept, report.text, "stopped")
+        else:
+            ended = f"(process {kept.child.identity.pid}) ended with {_ending(status)}"
+            self.notice(f"{kept.name} {ended}: starting it again")
+
+    def _trouble(self, kept: Kept, text: str, what: str = "could not be started") -> None:
+        """Say why a process is not running, once, and write it down for `status`; an empty text: it is."""
+        if text == kept.trouble:
+            return
+        kept.trouble = text
+        if text:
+            self.notice(f"{kept.name} {what}: {text}")
+        try:
+            self._folder.write_troubles({each.name: each.trouble for each in self.kept if each.trouble})
+        except OSError as error:
+            self.notice(f"cannot write down in {self._folder.path} why {kept.name} is not running ({error.strerror})")
 
     def _forget_mount(self, kept: Kept) -> None:
         """Somebody has unmounted it on purpose: it ended in order. The next `up` may mount it again."""
@@ -176,6 +211,8 @@ class Supervisor:
 
 
 def _failure(report: Failed) -> MendfsError:
+    if report.is_final:
+        return StoreDamaged(report.text)
     return UsageError(report.text) if report.exit_code == UsageError.exit_code else MendfsError(report.text)
 
 

@@ -87,9 +87,7 @@ async def open_store(
     return store
 
 
-async def _open_engine(
-    disk: Disk, watch: Watch, open_engine: Callable[[str], Awaitable[Engine]], path: str
-) -> Engine:
+async def _open_engine(disk: Disk, watch: Watch, open_engine: Callable[[str], Awaitable[Engine]], path: str) -> Engine:
     """The index's engine. A damaged one is emptied, for the segments hold all that it knew: recovery makes it again."""
     try:
         return await open_engine(path)

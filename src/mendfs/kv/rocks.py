@@ -35,13 +35,20 @@ class RocksEngine(OptimisticEngine):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rocks")
 
     @classmethod
-    async def open(cls, path: str, *, cache_bytes: int = 32 * MiB, write_buffer_bytes: int = 16 * MiB) -> "RocksEngine":
-        """Open the database in the folder `path`, made if missing.
+    async def open(
+        cls,
+        path: str,
+        *,
+        cache_bytes: int = 32 * MiB,
+        write_buffer_bytes: int = 16 * MiB,
+        may_create: bool = True,
+    ) -> "RocksEngine":
+        """Open the database in the folder `path`, made if missing unless told otherwise.
 
         Raises UsageError if it is in use, StoreDamaged, and EngineFailed for what may pass: a full disk, say.
         """
         loop = asyncio.get_running_loop()
-        return cls(path, *await loop.run_in_executor(None, _open, path, cache_bytes, write_buffer_bytes))
+        return cls(path, *await loop.run_in_executor(None, _open, path, cache_bytes, write_buffer_bytes, may_create))
 
     def read(self, key: bytes) -> bytes | None:
         """The committed value."""
@@ -158,8 +165,10 @@ def _options(cache_bytes: int, write_buffer_bytes: int) -> Options:
     return options
 
 
-def _open(path: str, cache_bytes: int, write_buffer_bytes: int) -> tuple[Rdict, Mark, int]:
+def _open(path: str, cache_bytes: int, write_buffer_bytes: int, may_create: bool) -> tuple[Rdict, Mark, int]:
     try:
+        if not may_create and not os.path.exists(os.path.join(path, "CURRENT")):
+            raise rocks_files.damaged(path, "is gone" if not os.path.exists(path) else "has lost its file CURRENT")
         if not os.path.exists(path):
             os.makedirs(path, mode=0o700)
             rocks_files.sync_directory(os.path.dirname(os.path.abspath(path)))

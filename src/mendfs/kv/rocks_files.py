@@ -53,6 +53,10 @@ REMEDIES = (
 """What the system may say about any file, and what to do. It says nothing about what is stored: it may pass."""
 
 
+_DAMAGE = ("Corruption", "No such file or directory", "Invalid argument", "Not implemented")
+"""What RocksDB says of contents that cannot be its own."""
+
+
 def one_line(error: Exception) -> str:
     """RocksDB's words on one line, each said once."""
     text = re.sub(r"^(Corruption: )+", "Corruption: ", " ".join(str(error).split()))
@@ -74,7 +78,7 @@ def cannot_open(path: str, error: Exception) -> EngineFailed | StoreDamaged | Us
         text = os.strerror(error.errno)
     if "lock hold by" in text or "While lock file" in text:
         return _in_use(path)
-    if any(said in text for said, _ in REMEDIES):
+    if any(said in text for said, _ in REMEDIES) or not any(said in text for said in _DAMAGE):
         return EngineFailed(f"the database in {path} does not open: {remedy(text)}")
     return damaged(path, f"does not open ({text})")
 
@@ -87,8 +91,8 @@ def _is_in_use(lock: str) -> bool:
     """Whether somebody holds RocksDB's lock. Not by trying: closing the file would take a lock of our own away."""
     try:
         inode = os.stat(lock).st_ino
-        with open("/proc/locks", encoding="ascii") as file:
-            held = [line.split() for line in file]
+        with open("/proc/locks", "rb") as file:
+            held = [line.decode().split() for line in file]
     except OSError:
         return False  # no file, no lock; without /proc RocksDB says it later
     return any(fields[-3].rpartition(":")[2] == str(inode) for fields in held if len(fields) >= 8)

@@ -9,10 +9,10 @@ import asyncio
 
 import structlog
 
-from mendfs.errors import Conflict, Fenced, MendfsError
+from mendfs.errors import Conflict, EngineUnreadable, Fenced, MendfsError
 from mendfs.kv.engine import Transaction, run
 from mendfs.meta import freeing, truncate
-from mendfs.meta.members import TICK_S
+from mendfs.meta.members import DISK_STUCK_S, TICK_S
 from mendfs.meta.ranges import end as end_session
 from mendfs.meta.schema import Kind, all_of, open_unlinked_key
 from mendfs.meta.sessions import Session, purge_answers
@@ -31,14 +31,54 @@ PURGE_EVERY_S = 60.0
 
 
 async def tick_forever(state: State) -> None:
-    """Members' clocks and sessions' leases."""
+    """Members' clocks and sessions' leases, and the log's sync if it hangs."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(TICK_S)
         await state.act(state.members.tick(loop.time()))
         for session in state.sessions.due(loop.time()):
             log.warning("session lost: no renewal within its lease", session=session.id, client=session.client)
-            await close_session(state, session)
+            try:
+                await close_session(state, session)
+            except EngineUnreadable as error:
+                state.unreadable(error)
+        _watch_sync(state, loop.time())
+
+
+def _watch_sync(state: State, at_s: float) -> None:
+    """Say so when the log's sync hangs: whoever has called fsync waits for it, and will wait on."""
+    since_s = state.sync_since_s
+    if since_s is None or at_s - since_s < DISK_STUCK_S:
+        if state.troubles.pop("sync", None):
+            log.warning("the disk answers again: the log was synced")
+        return
+    if "sync" not in state.troubles:
+        log.error("the log's sync hangs", seconds=round(at_s - since_s, 1))
+    state.troubles["sync"] = (
+        f"the log's sync has been under way for {at_s - since_s:.0f} s: the disk under the meta server does not answer"
+    )
+
+
+async def watch_room_forever(state: State, folder: str) -> None:
+    """How much room the meta server's disk has."""
+    disk = state.world.disk
+    while folder:
+        try:
+            state.room.measure(
+                await disk.run(disk.free_bytes, folder),
+                await disk.run(disk.total_bytes, folder),
+            )
+        except OSError as error:
+            log.error("the room of the meta server's disk cannot be measured", reason=str(error))
+        trouble = state.room.trouble(folder)
+        if trouble is None:
+            if state.troubles.pop("room", None):
+                log.info("there is room on the meta server's disk again")
+        else:
+            if "room" not in state.troubles:
+                log.error("no room", reason=trouble)
+            state.troubles["room"] = trouble
+        await asyncio.sleep(TICK_S)
 
 
 async def close_session(state: State, session: Session) -> None:
@@ -85,8 +125,11 @@ async def purge_forever(state: State) -> None:
     """Answers of sessions that ended long ago."""
     while True:
         await asyncio.sleep(PURGE_EVERY_S)
-        while (await run(state.engine, purge_answers, state.world.now_ns()))[0]:
-            await asyncio.sleep(0)
+        try:
+            while (await run(state.engine, purge_answers, state.world.now_ns()))[0]:
+                await asyncio.sleep(0)
+        except EngineUnreadable as error:
+            state.unreadable(error)
 
 
 async def free_forever(state: State) -> None:
@@ -102,6 +145,10 @@ async def free_forever(state: State) -> None:
             continue
         try:
             again = await free_once(state)
+        except EngineUnreadable as error:
+            # What cannot be read is not freed, and nothing behind it: better garbage than a wrong deletion.
+            state.unreadable(error)
+            again = False
         except (Conflict, Fenced) as error:
             state.troubles["freeing"] = f"freeing stopped: {error}"
             log.error("freeing stopped", error=str(error))
@@ -193,7 +240,7 @@ async def _delete_on(
 LOOPS = (tick_forever, sync_forever, free_forever, purge_forever)
 
 
-async def run_loops(state: State) -> None:
+async def run_loops(state: State, folder: str) -> None:
     """All loops until cancelled. One that fails ends the server, whatever the cause.
 
     A server that went on answering without leases, clocks or syncs would acknowledge what nobody makes durable.
@@ -202,6 +249,7 @@ async def run_loops(state: State) -> None:
         async with asyncio.TaskGroup() as group:
             for loop in LOOPS:
                 group.create_task(loop(state), name=loop.__name__)
+            group.create_task(watch_room_forever(state, folder), name="watch_room_forever")
     except* Exception as failures:
         error = failures.exceptions[0]
         log.error("background work failed", exc_info=error)

@@ -12,7 +12,7 @@ from mendfs.meta import background, freeing, ranges, schema, volume
 from mendfs.meta.members import Member
 from mendfs.meta.sessions import LEASE_S, Session
 from mendfs.meta.state import State
-from mendfs.model import Generation, Inode, ServerNumber, SessionId
+from mendfs.model import CommitSequence, Generation, Inode, ServerNumber, SessionId
 from mendfs.wire.messages import data as data_messages
 from mendfs.wire.messages import session as messages
 from mendfs.wire.peer import Peer
@@ -79,7 +79,7 @@ class Registry:
 
     # Clients
 
-    def _opened(self, session: Session) -> messages.SessionOpened:
+    def _opened(self, session: Session, survived: CommitSequence) -> messages.SessionOpened:
         state = self._state
         return messages.SessionOpened(
             session=session.id,
@@ -89,6 +89,7 @@ class Registry:
             volume=state.volume,
             table=state.need_table(),
             servers=state.members.views(),
+            survived=survived,
         )
 
     async def _open_session(self, peer: Peer, request: messages.OpenSession) -> messages.SessionOpened:
@@ -112,25 +113,28 @@ class Registry:
         self._state.sessions.add(session)
         peer.context = session
         log.info("session opened", session=number, client=request.client)
-        return self._opened(session)
+        return self._opened(session, self._state.engine.last_sequence)
 
     async def _resume_session(self, peer: Peer, request: messages.ResumeSession) -> messages.SessionOpened:
         session = self._state.sessions.get(request.session)
         if session is None:
             raise SessionLost(f"session {request.session} has ended")
-        if request.sequence_seen > self._state.engine.last_sequence:
+        survived = self._state.engine.last_sequence
+        if request.generation != self._state.generation:
+            survived, _ = await run(self._state.engine, volume.survived, request.generation)
+        if request.sequence_seen > survived:
             log.warning(
                 "a client has seen changes that this server lost",
                 session=session.id,
                 seen=request.sequence_seen,
-                last=self._state.engine.last_sequence,
+                survived=survived,
             )
         session.peer, session.reclaimed = peer, True
         session.deadline_s = asyncio.get_running_loop().time() + LEASE_S
         peer.context = session
         self._state.sessions.closed(session, tuple(session.opens.difference(request.opens)))
         self._state.sessions.opened(session, request.opens)
-        return self._opened(session)
+        return self._opened(session, survived)
 
     async def _renew(self, peer: Peer, request: messages.Renew) -> messages.Renewed:
         session = self.session_of(peer)

@@ -17,6 +17,7 @@ from mendfs.model import (
     CommitSequence,
     Cut,
     Extent,
+    Generation,
     Inode,
     Partition,
     Row,
@@ -38,6 +39,7 @@ class Kind(bytes, Enum):
 
     VOLUME = b"V"
     GENERATION = b"G"
+    LIFE = b"L"
     EPOCH = b"E"
     COUNTER = b"C"
     SERVER = b"S"
@@ -174,6 +176,11 @@ _DROP = struct.Struct(">cQH")
 VOLUME_KEY = bytes(Kind.VOLUME)
 GENERATION_KEY = bytes(Kind.GENERATION)
 EPOCH_KEY = bytes(Kind.EPOCH)
+
+
+def life_key(generation: Generation) -> bytes:
+    """Commit sequence that was there when this life of the meta server began."""
+    return _ONE.pack(Kind.LIFE, generation)
 
 
 def counter_key(kind: str) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from mendfs.errors import BadMessage, EngineFailed, OperationError, UsageError
+from mendfs.errors import BadMessage, EngineFailed, EngineUnreadable, OperationError, UsageError
 from mendfs.kv.engine import Engine, Transaction, run
 from mendfs.meta import attributes, background, namespace, ranges, status, volume
 from mendfs.meta import blocks as block_operations
@@ -21,6 +21,7 @@ from mendfs.meta import commit as commits
 from mendfs.meta.inodes import read_attributes, visible
 from mendfs.meta.punch import punch_range
 from mendfs.meta.registry import Registry
+from mendfs.meta.room import Kind
 from mendfs.meta.sessions import LEASE_S, Answer, Session, answered_once
 from mendfs.meta.state import State
 from mendfs.model import Attributes, Slot
@@ -35,6 +36,19 @@ log = structlog.get_logger("meta")
 STAT_FILES_MAX = 100_000
 """Files are counted up to here for statfs: a rough number is enough and must not cost seconds."""
 
+ROOM_NEEDED: dict[type, Kind] = {
+    messages.Make: "grow",
+    messages.Link: "grow",
+    messages.SetXattr: "grow",
+    messages.Commit: "grow",
+    messages.Rename: "keep",
+    messages.SetAttributes: "keep",
+    messages.RemoveXattr: "remove",
+    messages.Unlink: "remove",
+    messages.AcknowledgeLate: "remove",
+}
+"""What each change does to the size of the metadata."""
+
 Result = TypeVar("Result")
 Handler = Callable[[Peer, Any], Awaitable[Message]]
 
@@ -44,6 +58,8 @@ class MetaOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     listen: str
     """HOST:PORT, or the path of a Unix socket."""
+    dir: str = ""
+    """The folder of the engine, whose disk's room is watched; empty: an engine without one."""
 
 
 class MetaServer:
@@ -96,17 +112,25 @@ class MetaServer:
             handler=self.handle,
             on_closed=self.registry.peer_closed,
         )
-        self._loops = asyncio.create_task(background.run_loops(self.state), name="meta loops")
+        self._loops = asyncio.create_task(background.run_loops(self.state, options.dir), name="meta loops")
 
     async def close(self) -> None:
         """Stop: no more requests, everything answered is synced, data servers first."""
+        has_failed = self.state.failed.done()
         if self._server is not None:
-            await self.state.sync_data()
+            if not has_failed:
+                await self.state.sync_data()
             await self._server.close()
         if self._loops is not None:
             self._loops.cancel()
             await asyncio.gather(self._loops, return_exceptions=True)
-        await self.state.engine.close()
+        try:
+            await self.state.engine.close()
+        except EngineFailed as error:
+            if not has_failed:
+                raise
+            # Why it failed was said; that it does not close either follows from that.
+            log.error("the database does not close", reason=str(error))
 
     async def handle(self, peer: Peer, message: Message, received: Received | None) -> Message:
         """Answer one request."""
@@ -115,11 +139,17 @@ class MetaServer:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise BadMessage(f"a meta server does not answer {type(message).__name__}")
+        stopped = self.state.stopped()
+        if stopped is not None:
+            raise stopped
         try:
             return await handler(peer, message)
+        except EngineUnreadable as error:
+            self.state.unreadable(error)
+            raise
         except EngineFailed as error:
             self.state.fail(error)
-            raise
+            raise self.state.stopped() or error from None
 
     # Queries
 
@@ -178,9 +208,14 @@ class MetaServer:
     # Changes
 
     async def _change(
-        self, session: Session, at: messages.RequestId, operation: Callable[[Transaction], Awaitable[Answer]]
+        self, session: Session, request: Any, operation: Callable[[Transaction], Awaitable[Answer]]
     ) -> Answer:
-        answer, _ = await run(self.state.engine, answered_once, session.id, at, operation)
+        async def change(tx: Transaction) -> Answer:
+            # In here: a repeated request that was done is answered, however full the disk is by now.
+            self.state.room.check(ROOM_NEEDED[type(request)])
+            return await operation(tx)
+
+        answer, _ = await run(self.state.engine, answered_once, session.id, request.at, change)
         return answer
 
     async def _found_change(
@@ -189,7 +224,7 @@ class MetaServer:
         async def change(tx: Transaction) -> Answer:
             return messages.Found(await operation(tx, request, *args), tx.sequence())
 
-        return await self._change(self.registry.session_of(peer), request.at, change)
+        return await self._change(self.registry.session_of(peer), request, change)
 
     async def _make(self, peer: Peer, request: messages.Make) -> Answer:
         session = self.registry.session_of(peer)
@@ -198,7 +233,7 @@ class MetaServer:
             await ranges.check_owned(tx, "inode", request.inode, session.id)
             return messages.Found(await namespace.make(tx, request, self.state.generation), tx.sequence())
 
-        answer = await self._change(session, request.at, change)
+        answer = await self._change(session, request, change)
         if request.open:
             self.state.sessions.opened(session, (request.inode,))
         return answer
@@ -212,7 +247,7 @@ class MetaServer:
         async def change(tx: Transaction) -> Answer:
             return messages.Removed(await operation(tx, request, self.state.sessions), tx.sequence())
 
-        answer = await self._change(self.registry.session_of(peer), request.at, change)
+        answer = await self._change(self.registry.session_of(peer), request, change)
         self.state.work.set()
         return answer
 
@@ -241,7 +276,7 @@ class MetaServer:
         async def change(tx: Transaction) -> Answer:
             return await commits.commit(tx, request, session.id, self.state.volume)
 
-        answer = await self._change(session, request.at, change)
+        answer = await self._change(session, request, change)
         self.state.work.set()
         return answer
 
@@ -258,7 +293,7 @@ class MetaServer:
             await block_operations.acknowledge_late(tx, request.server, request.blocks)
             return session_messages.Done()
 
-        return await self._change(self.registry.session_of(peer), request.at, change)
+        return await self._change(self.registry.session_of(peer), request, change)
 
     async def _sync_log(self, peer: Peer, request: messages.SyncLog) -> messages.LogSynced:
         await self.state.sync_log()

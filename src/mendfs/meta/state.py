@@ -4,10 +4,11 @@ import asyncio
 
 import structlog
 
-from mendfs.errors import EngineFailed, MendfsError, NotReady
+from mendfs.errors import EngineFailed, EngineUnreadable, MendfsError, NotReady
 from mendfs.kv.engine import Engine
 from mendfs.meta import schema, volume
 from mendfs.meta.members import Decision, Member, Members
+from mendfs.meta.room import Room
 from mendfs.meta.sessions import Session, Sessions
 from mendfs.model import Epoch, Generation, ServerNumber, SessionId, Table, Volume
 from mendfs.placement import Candidate, first_table
@@ -36,6 +37,9 @@ class State:
         self.data_peers: dict[ServerNumber, Peer] = {}
         self.troubles: dict[str, str] = {}
         """One line each, by topic: what is wrong and what to do. Shown by `status`."""
+        self.room = Room()
+        self.sync_since_s: float | None = None
+        """Since when the log's sync has been waited for."""
         self.grace_until_s = 0.0
         self.work = asyncio.Event()
         """Set when there is something to free or to cut."""
@@ -50,6 +54,7 @@ class State:
     def fail(self, error: MendfsError) -> None:
         """The engine cannot be trusted any more, or the background work has ended: this life of the server is over."""
         if not self.failed.done():
+            log.error("the meta server stops", reason=str(error))
             self.failed.set_result(error)
 
     @property
@@ -58,6 +63,18 @@ class State:
         return (
             f"the volume waits for its data servers: {len(self.members)} of {self.volume.server_count} have registered"
         )
+
+    def unreadable(self, error: EngineUnreadable) -> None:
+        """Something stored cannot be read: who asked is told, everybody else goes on."""
+        if self.troubles.get("unreadable") != str(error):
+            log.error("metadata cannot be read", reason=str(error))
+        self.troubles["unreadable"] = str(error)
+
+    def stopped(self) -> EngineFailed | None:
+        """What clients are told once this life is over."""
+        if not self.failed.done():
+            return None
+        return EngineFailed(f"the meta server stopped: {self.failed.result()}")
 
     def need_table(self) -> Table:
         """The table. Raises NotReady until enough data servers have registered."""
@@ -125,8 +142,15 @@ class State:
 
     async def sync_log(self) -> None:
         """Sync the engine; if it fails, the server fails."""
+        began_s = asyncio.get_running_loop().time()
+        if self.sync_since_s is None:
+            self.sync_since_s = began_s
         try:
             await self.engine.sync()
         except EngineFailed as error:
             self.fail(error)
             raise
+        finally:
+            # Whoever began later shares a later sync: the age counts from the first that is still waited for.
+            if self.sync_since_s == began_s:
+                self.sync_since_s = None

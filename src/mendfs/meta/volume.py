@@ -2,7 +2,7 @@
 
 import stat
 
-from mendfs.errors import UsageError
+from mendfs.errors import StoreDamaged, UsageError
 from mendfs.kv.engine import Engine, Transaction, run
 from mendfs.meta import schema
 from mendfs.meta.inodes import changed, new_record, write
@@ -21,6 +21,8 @@ from mendfs.world import World
 
 ROWS_A_STEP = 80
 """Rows of the table written in one transaction."""
+LIVES_KEPT = 1000
+"""How each of so many lives began is remembered: a client that slept through more drops all it knew."""
 GENERATION_MAX = (1 << 20) - 1
 
 
@@ -28,6 +30,26 @@ async def read_volume(engine: Engine) -> Volume | None:
     """The volume's parameters, or None: not formatted."""
     raw = await engine.begin().get(schema.VOLUME_KEY)
     return None if raw is None else schema.VOLUME.decode(raw)
+
+
+async def check_volume(engine: Engine, expected: Volume | None, *, may_format: bool, where: str) -> bool:
+    """Whether the engine holds the volume that is expected. False: it holds none, and may be given it.
+
+    Raises UsageError for another volume's folder, StoreDamaged for one that has lost its own.
+    """
+    stored = await read_volume(engine)
+    if stored is None:
+        if may_format and expected is not None:
+            return False
+        raise StoreDamaged(
+            f"the folder {where} holds no volume: put back a good copy of it, or make one elsewhere with "
+            '"mendfs up --dir" or "mendfs format"'
+        )
+    if expected is not None and stored.id != expected.id:
+        raise StoreDamaged(
+            f"the folder {where} holds volume {stored.id}, not {expected.id} as this cluster: put its own folder back"
+        )
+    return True
 
 
 async def format_volume(engine: Engine, volume: Volume, world: World, *, uid: int = 0, gid: int = 0) -> None:
@@ -64,11 +86,20 @@ async def raise_generation(engine: Engine) -> Generation:
         if generation > GENERATION_MAX:
             raise UsageError(f"the meta server was started {generation} times: block ids have no room for more")
         tx.put(schema.GENERATION_KEY, schema.NUMBER.encode(generation))
+        tx.put(schema.life_key(generation), schema.NUMBER.encode(tx.sequence() - 1))
+        if generation > LIVES_KEPT:
+            tx.delete(schema.life_key(Generation(generation - LIVES_KEPT)))
         return generation
 
     generation, _ = await run(engine, operation)
     await engine.sync()
     return generation
+
+
+async def survived(tx: Transaction, generation: Generation) -> CommitSequence:
+    """The last commit of that life of the meta server that is still there; 0 if nobody knows any more."""
+    raw = await tx.get(schema.life_key(Generation(generation + 1)))
+    return CommitSequence(0 if raw is None else schema.NUMBER.decode(raw))
 
 
 async def _whole_range(engine: Engine, kind: schema.Kind) -> list[tuple[bytes, bytes]]:

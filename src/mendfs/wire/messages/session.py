@@ -77,7 +77,9 @@ class ResumeSession(msgspec.Struct, frozen=True, tag="resume_session", forbid_un
     session: SessionId
     opens: tuple[Inode, ...]
     sequence_seen: CommitSequence
-    """The highest commit sequence that an answer carried: above the server's own, unsynced changes were lost."""
+    """The highest commit sequence that an answer carried; see `SessionOpened.survived`."""
+    generation: Generation = Generation(0)
+    """In which the session was last opened or resumed: commit sequences of different ones cannot be compared."""
 
 
 class SessionOpened(msgspec.Struct, frozen=True, tag="session_opened", forbid_unknown_fields=True):
@@ -90,6 +92,8 @@ class SessionOpened(msgspec.Struct, frozen=True, tag="session_opened", forbid_un
     volume: Volume
     table: Table
     servers: tuple[ServerView, ...]
+    survived: CommitSequence = CommitSequence(0)
+    """The last commit of the generation that the client was of which is still there. Changes above it are lost."""
 
 
 class Renew(msgspec.Struct, frozen=True, tag="renew", forbid_unknown_fields=True):
