@@ -33,8 +33,9 @@ INODES_MAX = 1 << 40
 """What `df -i` shows as possible: numbers are plentiful, room is the limit."""
 TRUSTED = b"trusted."
 CAPABILITY = b"security.capability"
-UNSUPPORTED_XATTRS = (CAPABILITY, b"system.posix_acl_access", b"system.posix_acl_default")
-"""File capabilities and ACLs would be kept but not enforced: a refusal is honest, and answered without the volume."""
+NAMESPACES = (b"user.", TRUSTED, b"security.")
+"""Others are refused, ACLs (`system.posix_acl_*`) and file capabilities too: they would be kept but not enforced. A
+refusal is honest, and answered without the volume."""
 
 
 class Names:
@@ -152,9 +153,9 @@ class Names:
 
     def known_xattr(self, request: GetXattr) -> int | None:
         """The errno of an attribute that no inode has; None: ask the volume."""
-        if request.name not in UNSUPPORTED_XATTRS:
-            return None
-        return errno.ENODATA if request.name == CAPABILITY else errno.EOPNOTSUPP
+        if request.name == CAPABILITY:
+            return errno.ENODATA
+        return None if _is_supported(request.name) else errno.EOPNOTSUPP
 
     async def get_xattr(self, header: Header, request: GetXattr) -> bytes:
         """A value, or its length."""
@@ -170,17 +171,21 @@ class Names:
 
     async def set_xattr(self, header: Header, request: SetXattr) -> bytes:
         """Set, create or replace."""
-        if request.name in UNSUPPORTED_XATTRS:
+        if not _is_supported(request.name):
             raise OperationError(errno.EOPNOTSUPP)
         await self._volume.set_xattr(Inode(header.node), request.name, request.value, request.flags)
         return b""
 
     async def remove_xattr(self, header: Header, request: Name) -> bytes:
         """Remove one."""
-        if request.name in UNSUPPORTED_XATTRS:
+        if not _is_supported(request.name):
             raise OperationError(errno.ENODATA if request.name == CAPABILITY else errno.EOPNOTSUPP)
         await self._volume.remove_xattr(Inode(header.node), request.name)
         return b""
+
+
+def _is_supported(name: bytes) -> bool:
+    return name.startswith(NAMESPACES) and name != CAPABILITY
 
 
 def _sized(value: bytes, size: int) -> bytes:
