@@ -77,9 +77,17 @@ class Committer:
 
     async def _commit(self, file: File, batch: list[Generation]) -> None:
         timeout_s = self._shared.options.write_timeout_s
+        is_synced = False
+
+        def build(at: RequestId) -> Commit:
+            nonlocal is_synced
+            message = self._message(at, file, batch)
+            is_synced = message.sync
+            return message
+
         try:
             answer = await self._shared.session.change(
-                lambda at: self._message(at, file, batch),
+                build,
                 Committed,
                 timeout_s=FOREVER_S if timeout_s is None else timeout_s,
             )
@@ -95,6 +103,8 @@ class Committer:
             for generation in batch:
                 self.lost(file, generation, error)
         else:
+            if is_synced:
+                self._shared.session.log_synced(answer.sequence)
             self._committed(file, batch, answer)
 
     def _message(self, at: RequestId, file: File, batch: list[Generation]) -> Commit:
@@ -108,7 +118,16 @@ class Committer:
             blocks.append(NewBlock(*upload.name, upload.length, upload.root, tuple(sorted(upload.named))))
             slots.append(SlotChange(upload.slot, extents_of(generation)))
             end = max(end, upload.slot * self._shared.volume.block_size + generation.buffer.end)
-        return Commit(at, file.inode, tuple(blocks), tuple(slots), end, file.written_ns)
+        return Commit(at, file.inode, tuple(blocks), tuple(slots), end, file.written_ns, self._may_sync(file, batch))
+
+    def _may_sync(self, file: File, batch: list[Generation]) -> bool:
+        """Whether the commit is to be durable at once: somebody waits for that, and all data is durable already.
+
+        Else the log could name blocks that a power cut takes: they are synced first, then the log (`Durability`).
+        """
+        quorum = self._shared.volume.write_quorum
+        synced = all(each.upload is not None and len(each.upload.synced) >= quorum for each in batch)
+        return synced and any(each.is_logged for each in batch) and not file.unsynced and not file.ready
 
     def _committed(self, file: File, batch: list[Generation], answer: Committed) -> None:
         file.learn_committed(answer)

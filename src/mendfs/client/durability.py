@@ -14,7 +14,7 @@ from mendfs.client.fetcher import Fetcher
 from mendfs.client.files import BlockName, File, Unsynced, Upload
 from mendfs.client.shared import Shared
 from mendfs.errors import AllReplicasFailed, MendfsError, OperationError, ReplicaError, StoreFailed, Unreachable
-from mendfs.model import Incarnation, Inode, ServerNumber
+from mendfs.model import CommitSequence, Incarnation, Inode, ServerNumber
 from mendfs.transfer import BlockRef
 from mendfs.wire.messages.data import BlocksHeld, HaveBlocks, PutBlock, Stored, Synced, SyncStore
 from mendfs.wire.messages.meta import Extents, GetExtents, LogSynced, SyncLog
@@ -55,7 +55,10 @@ class Durability:
 
     def committed(self, file: File, upload: Upload) -> None:
         """A block that the metadata names from now on; late acknowledgements still enter `acknowledged`."""
-        file.unsynced[upload.name] = Unsynced(upload.slot, upload.length, upload.root, upload.acknowledged, set())
+        if len(upload.synced) >= self._shared.volume.write_quorum:
+            return
+        entry = Unsynced(upload.slot, upload.length, upload.root, upload.acknowledged, upload.synced)
+        file.unsynced[upload.name] = entry
         self._files[file.inode] = file
         self._count += 1
         if self._count > UNSYNCED_MAX:
@@ -98,7 +101,18 @@ class Durability:
         """Every change answered before survives a power cut of the meta server."""
         timeout_s = self._shared.options.write_timeout_s
         forever_or_s = float("inf") if timeout_s is None else timeout_s
-        await self._shared.session.query(SyncLog(), LogSynced, timeout_s=forever_or_s)
+        answer = await self._shared.session.query(SyncLog(), LogSynced, timeout_s=forever_or_s)
+        self._shared.session.log_synced(answer.sequence)
+
+    @property
+    def newest_change(self) -> CommitSequence:
+        """The newest change that this client was answered."""
+        return self._shared.session.sequence_changed
+
+    async def sync_log_to(self, sequence: CommitSequence) -> None:
+        """The same, unless the log is known to be durable up to `sequence`."""
+        if self._shared.session.sequence_synced < sequence:
+            await self.sync_log()
 
     async def sync_data(self, files: Iterable[File]) -> None:
         """Until every block these files had committed by now is durable on W servers. Raises when that cannot be."""

@@ -55,6 +55,10 @@ class Upload:
         self.length = length
         self.root = root
         self.acknowledged: dict[ServerNumber, Incarnation] = {}
+        self.is_synced = False
+        """Its puts ask for an answer when the block is durable."""
+        self.synced: set[ServerNumber] = set()
+        """Servers that have answered such a put."""
         self.named: frozenset[ServerNumber] | None = None
         """The servers that the commit named, once it was sent."""
         self.is_over = False
@@ -79,6 +83,10 @@ class Generation:
         self.attempts = 0
         self.is_wanted = False
         """To be frozen as soon as the generation before it is committed."""
+        self.is_synced = False
+        """Somebody waits for its data to be durable: it is stored so."""
+        self.is_logged = False
+        """And for its commit to be durable."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Committed or failed; errors are kept by the file."""
 

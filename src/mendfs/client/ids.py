@@ -51,6 +51,11 @@ class IdSupply:
             self._fetch()
         return number
 
+    def fetch_ahead(self) -> None:
+        """Ask for the first range before anybody needs it."""
+        if not self._ranges:
+            self._fetch()
+
     def _use(self) -> int:
         first = self._ranges[0]
         number = first.start

@@ -1,5 +1,6 @@
 """The namespace as a client sees it: lookup to rename, attributes, extended attributes. Changes are made once."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -104,14 +105,18 @@ class Names:
 
     async def _secure(self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes) -> None:
         """Write to a new file, rename over the old one: a power cut must leave one of them (design section 5)."""
-        try:
-            source = await self.lookup(parent, name)
-            file = self._shared.files.find(source.inode)
-            if file is None or not (file.is_dirty or file.unsynced):
-                return
-            await self.lookup(new_parent, new_name)
-        except OperationError:
-            return  # nothing there to replace, or nothing to rename: the rename itself will say
+        source, target = await asyncio.gather(
+            self.lookup(parent, name), self.lookup(new_parent, new_name), return_exceptions=True
+        )
+        for found in (source, target):
+            if isinstance(found, OperationError):
+                return  # nothing there to replace, or nothing to rename: the rename itself will say
+            if isinstance(found, BaseException):
+                raise found
+        assert isinstance(source, Attributes), "an error would have been raised"
+        file = self._shared.files.find(source.inode)
+        if file is None or not (file.is_dirty or file.unsynced):
+            return
         await self._writer.drain(file)
         await self._durability.sync_data([file])
 

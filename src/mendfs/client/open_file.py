@@ -1,5 +1,6 @@
 """One descriptor of a file: what an application does between open and close."""
 
+import asyncio
 import os
 
 from mendfs.client.append import Appender
@@ -77,18 +78,27 @@ class OpenFile:
 
     async def flush(self) -> None:
         """What close(2) waits for: W replicas have the data and it is committed. Raises an error not told yet."""
-        await self._writer.flush(self._file)
-        if self._file.was_emptied and self._file.unsynced:
-            # The old contents are gone: a power cut must not take the new ones too (design section 5).
+        # The old contents are gone: a power cut must not take the new ones too (design section 5).
+        emptied = self._file.was_emptied
+        await self._writer.flush(self._file, synced=emptied)
+        if emptied and self._file.unsynced:
             await self._durability.sync_data([self._file])
             self._file.take_error()
         self._file.was_emptied = False
 
     async def fsync(self, datasync: bool = False) -> None:
         """Everything of the file is durable afterwards: data on W servers first, then the metadata's log."""
-        await self._writer.flush(self._file)
+        # What was stored before is synced while the rest is stored: mostly the commit then finds all data durable, and
+        # is answered after the log's sync. So an fsync takes two rounds, to the data servers and to the meta server.
+        changed = self._durability.newest_change
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._durability.sync_data([self._file]))
+                group.create_task(self._writer.drain(self._file, synced=True, logged=True))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         await self._durability.sync_data([self._file])
-        await self._durability.sync_log()
+        await self._durability.sync_log_to(max(changed, self._file.version))
         self._file.take_error()
 
     async def release(self) -> None:

@@ -6,6 +6,7 @@ waits for `changes`.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 
 import structlog
@@ -175,6 +176,17 @@ class Servers:
             else:
                 known.update(view)
         self.changes.notify()
+
+    def connect_ahead(self) -> None:
+        """Begin to connect to all servers that are up: a connection takes three round trips, and is needed soon."""
+        for server in self._servers.values():
+            if server.is_up and server.connected is None:
+                self._tasks.spawn(self._try_to_connect(server))
+
+    @staticmethod
+    async def _try_to_connect(server: DataServer) -> None:
+        with contextlib.suppress(ReplicaError):  # it is suspect now, and tried again
+            await server.peer()
 
     def views(self) -> tuple[ServerView, ...]:
         """All servers as the meta server last described them."""

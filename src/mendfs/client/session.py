@@ -110,6 +110,10 @@ class Session:
         self._numbers = [0] * REQUEST_SLOTS
         self._is_ending = False
         self.sequence_seen = CommitSequence(0)
+        self.sequence_changed = CommitSequence(0)
+        """The newest change that this client was answered."""
+        self.sequence_synced = CommitSequence(0)
+        """Up to here the meta server's log is known to be durable."""
 
     async def open(self, waiting: Callable[[str], None] | None = None) -> None:
         """Open the session. Raises Unreachable, NotAuthentic, NotReady when that did not work in time.
@@ -176,7 +180,13 @@ class Session:
             self._release_slot(slot)
             raise
         self._release_slot(slot)
+        sequence: CommitSequence = getattr(result, "sequence", CommitSequence(0))
+        self.sequence_changed = max(self.sequence_changed, sequence)
         return self._checked(result, answer)
+
+    def log_synced(self, sequence: CommitSequence) -> None:
+        """The meta server's log is durable up to here."""
+        self.sequence_synced = max(self.sequence_synced, sequence)
 
     def push(self, message: Message) -> None:
         """Tell the server something that needs no answer; nothing happens while there is no connection."""
@@ -308,6 +318,8 @@ class Session:
         survived = CommitSequence(0) if is_new and opened.generation != self.generation else opened.survived
         if survived < self.sequence_seen:
             log.warning("the meta server lost changes", seen=self.sequence_seen, survived=survived)
+            self.sequence_changed = min(self.sequence_changed, survived)
+            self.sequence_synced = min(self.sequence_synced, survived)
             self._owner.went_back(survived)
         self.sequence_seen = opened.sequence
         self._id = opened.session

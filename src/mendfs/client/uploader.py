@@ -128,7 +128,7 @@ class Uploader:
 
     async def _put(self, upload: Upload, number: ServerNumber) -> None:
         partition, block = upload.name
-        message = PutBlock(partition, block, upload.inode, upload.slot, upload.root)
+        message = PutBlock(partition, block, upload.inode, upload.slot, upload.root, sync=upload.is_synced)
         try:
             server = self._shared.servers.get(number)
             try:
@@ -141,6 +141,8 @@ class Uploader:
                 upload.is_reusable = False
                 server.failed(error)
                 raise
+            if message.sync:
+                upload.synced.add(number)
             upload.acknowledged[number] = answer.incarnation
             upload.errors.pop(number, None)
         except MendfsError as error:

@@ -101,6 +101,10 @@ class Volume:
         cache = PageCache(options.cache_bytes_max, parameters.page_size, volume._shared.pool)
         volume._reader = Reader(volume._shared, volume._fetcher, cache)
         volume._space = Space(volume._shared, volume._writer, volume._reader)
+        if not options.read_only:
+            volume._shared.blocks.fetch_ahead()
+            volume._shared.inodes.fetch_ahead()
+        volume._shared.servers.connect_ahead()
         volume._tasks.spawn(volume._writer.run_timer())
         volume._tasks.spawn(volume._durability.run_timer())
         return volume
@@ -261,10 +265,21 @@ class Volume:
         """
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
             self._check_writable()
-        file, keep_cache = await self._opens.open(inode)
+        truncating: asyncio.Task[Attributes] | None = None
+        if flags & os.O_TRUNC:
+            # Asked for together with the open: the meta server does one after the other.
+            truncating = self._tasks.spawn(
+                self.set_attributes(inode, size=0, clear_set_id=clear_set_id), is_awaited=True
+            )
         try:
-            if flags & os.O_TRUNC:
-                await self.set_attributes(inode, size=0, clear_set_id=clear_set_id)
+            file, keep_cache = await self._opens.open(inode)
+        except BaseException:
+            if truncating is not None:
+                await asyncio.wait([truncating])
+            raise
+        try:
+            if truncating is not None:
+                await truncating
         except BaseException:
             self._opens.closed(file)
             raise

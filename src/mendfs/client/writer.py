@@ -25,6 +25,8 @@ UPLOADS_MAX = 64
 """Blocks on their way at once: a bound on tasks when blocks are tiny."""
 UPLOADING_BYTES_MAX = 32 * MiB
 """Bytes on their way at once: eight default blocks keep every server busy; more only adds memory and lateness."""
+SYNCED_MAX = 8
+"""Blocks stored with a sync each: one fdatasync serves those that wait at the same time, but many would queue up."""
 CHUNK_BYTES = MiB
 """A waiting write takes its share in pieces of this, so that big writes do not overshoot the limit of dirty bytes."""
 TIMER_S = 0.25
@@ -112,9 +114,12 @@ class Writer:
 
     # --- freezing and uploading -----------------------------------------------------------------------------------
 
-    def freeze_all(self, file: File) -> list[Generation]:
-        """Everything dirty goes on its way; returns the generations to wait for."""
+    def freeze_all(self, file: File, *, synced: bool = False, logged: bool = False) -> list[Generation]:
+        """Everything dirty goes on its way; returns the generations to wait for. `synced`, `logged`: see `drain`."""
+        may_sync = len(file.collecting) <= SYNCED_MAX
         for slot in sorted(file.collecting):
+            file.collecting[slot].is_synced |= synced and may_sync
+            file.collecting[slot].is_logged |= logged and may_sync
             if slot in file.frozen:
                 file.collecting[slot].is_wanted = True
             else:
@@ -161,6 +166,7 @@ class Writer:
         buffer = generation.buffer
         upload = await self._uploader.prepare(file.inode, buffer.slot, payload, buffer.covered)
         upload.memory = buffer
+        upload.is_synced = generation.is_synced
         # An earlier put of the same bytes may still have them in a connection's buffers.
         upload.is_reusable = generation.attempts == 0
         if generation.done.done():
@@ -180,21 +186,26 @@ class Writer:
 
     # --- flushing -------------------------------------------------------------------------------------------------
 
-    async def drain(self, file: File) -> None:
-        """Until all that is dirty now is committed, or lost and its error kept."""
+    async def drain(self, file: File, *, synced: bool = False, logged: bool = False) -> None:
+        """Until all that is dirty now is committed, or lost and its error kept.
+
+        With `synced` the data of what is not on its way yet becomes durable with that, with `logged` the commit too:
+        puts answered after their sync and a commit answered after the log's spare a round of waiting each. What was on
+        its way before is for `Durability` to sync.
+        """
         if not file.is_dirty and not file.lock.locked():
             return
         async with file.lock:
-            waiting = self.freeze_all(file)
+            waiting = self.freeze_all(file, synced=synced, logged=logged)
         await until_done(waiting)
 
     async def drain_locked(self, file: File) -> None:
         """The same for a caller that holds the file's lock."""
         await until_done(self.freeze_all(file))
 
-    async def flush(self, file: File) -> None:
+    async def flush(self, file: File, *, synced: bool = False) -> None:
         """As `drain`, and raise an error of the file that was not told yet."""
-        await self.drain(file)
+        await self.drain(file, synced=synced)
         file.take_error()
 
     async def flush_everything(self) -> None:

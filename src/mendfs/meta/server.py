@@ -43,6 +43,7 @@ ROOM_NEEDED: dict[type, Kind] = {
     messages.Commit: "grow",
     messages.Rename: "keep",
     messages.SetAttributes: "keep",
+    messages.Punch: "keep",
     messages.RemoveXattr: "remove",
     messages.Unlink: "remove",
     messages.AcknowledgeLate: "remove",
@@ -278,13 +279,16 @@ class MetaServer:
 
         answer = await self._change(session, request, change)
         self.state.work.set()
+        if request.sync:
+            # Also when the request was repeated, for its first answer may have been lost with the sync under way.
+            await self.state.sync_log()
         return answer
 
     async def _punch(self, peer: Peer, request: messages.Punch) -> Answer:
         async def change(tx: Transaction) -> Answer:
             return await punch_range(tx, request, self.state.volume)
 
-        answer = await self._change(self.registry.session_of(peer), request.at, change)
+        answer = await self._change(self.registry.session_of(peer), request, change)
         self.state.work.set()
         return answer
 

@@ -287,13 +287,15 @@ class Commit(msgspec.Struct, frozen=True, tag="commit", forbid_unknown_fields=Tr
     end: int
     """The file is at least this long afterwards."""
     now_ns: int
+    sync: bool = False
+    """Answer when the change is durable. The data is already, on W servers each: data first, then the log."""
     append_at: int | None = None
     """Not None: an append, prepared for this file size; its extents move to the end if they stay in their slot."""
     append_length: int = 0
 
 
 class Committed(msgspec.Struct, frozen=True, tag="committed", forbid_unknown_fields=True):
-    """The change is made (durable only after a sync)."""
+    """The change is made; durable, with all before it, only if the commit asked for that."""
 
     attributes: Attributes
     previous_version: CommitSequence
