@@ -169,10 +169,23 @@ class EngineFailed(MendfsError):
     code = "engine_failed"
 
 
+class EngineFull(EngineFailed):
+    """The engine's log has no room on its disk: it takes nothing more until it is opened anew."""
+
+    errno = errno_codes.ENOSPC
+    code = "engine_full"
+
+
 class EngineUnreadable(EngineFailed):
     """Something stored cannot be read (a damaged block, no descriptor): this request fails, others may go on."""
 
     code = "engine_unreadable"
+
+
+class EngineDamaged(EngineUnreadable):
+    """What cannot be read is not what was written: reading it again will not help."""
+
+    code = "engine_damaged"
 
 
 class StoreDamaged(MendfsError):

@@ -67,6 +67,7 @@ async def open_on(
     seed: int = 1,
     segment_bytes: int = 0,
     capacity: int = 0,
+    open_files_max: int = 1024,
     folder: str = FOLDER,
 ) -> Store:
     async def open_engine(path: str) -> Engine:
@@ -78,7 +79,7 @@ async def open_on(
         open_engine,
         volume=of or volume(),
         server_id=SERVER,
-        options=StoreOptions(segment_bytes=segment_bytes, capacity=capacity),
+        options=StoreOptions(segment_bytes=segment_bytes, capacity=capacity, open_files_max=open_files_max),
     )
 
 
@@ -93,8 +94,9 @@ async def opened(disk: Disk, **options: int) -> AsyncIterator[Store]:
 
 async def abandon(store: Store) -> None:
     """What kill -9 leaves: nothing runs any more, nothing was closed."""
-    store._tending.cancel()
-    await asyncio.gather(store._tending, return_exceptions=True)
+    for task in (store._tending, store._copying):
+        task.cancel()
+    await asyncio.gather(store._tending, store._copying, return_exceptions=True)
 
 
 async def read(store: Store, message: PutBlock) -> bytes:

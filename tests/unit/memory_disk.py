@@ -1,5 +1,6 @@
 """A disk in memory for tests: it forgets at a power cut what was not synced, tears, and fails on demand."""
 
+import asyncio
 import errno
 import os
 import posixpath
@@ -13,6 +14,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 SECTOR = 512
+PAGE = 4096
 Change = tuple[int, bytes] | int
 """A write (offset, bytes), or a new length."""
 
@@ -26,6 +28,12 @@ class Node:
         self.changes: list[Change] = []
         self.is_linked = True
         self.is_named = False
+
+    def copy(self) -> "Node":
+        copied = Node()
+        copied.content, copied.durable = bytearray(self.content), bytearray(self.durable)
+        copied.changes, copied.is_named = list(self.changes), self.is_named
+        return copied
 
     def apply(self, change: Change) -> None:
         _apply(self.content, change)
@@ -122,7 +130,13 @@ class MemoryFile:
         return len(self._node.content)
 
     def allocated(self) -> int:
-        return len(self._node.content)
+        """Pages that hold something: what is all zeros counts as punched."""
+        content = self._node.content
+        return sum(
+            PAGE
+            for at in range(0, len(content), PAGE)
+            if content.count(0, at, at + PAGE) < len(content[at : at + PAGE])
+        )
 
     def is_linked(self) -> bool:
         return self._node.is_linked
@@ -132,10 +146,12 @@ class MemoryFile:
 
 
 class MemoryDisk:
-    """A machine's files. `fault(operation, path)` may raise OSError: read write sync punch open names room."""
+    """A machine's files. `fault(operation, path)` may raise OSError: read write sync punch open unlink names room."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
+        self.removed: dict[str, Node] = {}
+        """Removed, but the directory is not synced since: a power cut may bring them back."""
         self.age = 0
         self.is_cached = True
         self.free = 1 << 40
@@ -143,6 +159,8 @@ class MemoryDisk:
         self.locked: set[str] = set()
         self.fault: Callable[[str, str], None] = lambda operation, path: None
         self.counts: dict[str, int] = {}
+        self.yields = False
+        """Whether others may run while a thread would work."""
 
     def check(self, operation: str, path: str) -> None:
         self.counts[operation] = self.counts.get(operation, 0) + 1
@@ -153,17 +171,28 @@ class MemoryDisk:
         rng = random.Random(seed)
         self.age += 1
         self.locked.clear()
+        for path, node in self.removed.items():
+            if node.is_named and path not in self.nodes and rng.random() < 0.5:
+                self.nodes[path] = node
+        self.removed.clear()
         for path, node in list(self.nodes.items()):
             if not node.is_named and rng.random() < 0.5:
                 del self.nodes[path]
                 continue
             node.is_named = True
             node.cut(rng)
+        self._detach()
 
     def kill(self) -> None:
         """Kill the process: what is open is dead, what was written is there."""
         self.age += 1
         self.locked.clear()
+        self._detach()
+
+    def _detach(self) -> None:
+        """Whoever does not know yet that it is dead writes into nothing."""
+        self.nodes = {path: node.copy() for path, node in self.nodes.items()}
+        self.removed = {path: node.copy() for path, node in self.removed.items()}
 
     def open(self, path: str, *, create: bool = False, read_only: bool = False) -> File:
         self.check("open", path)
@@ -179,6 +208,8 @@ class MemoryDisk:
         return path in self.nodes or any(name.startswith(path + "/") for name in self.nodes)
 
     def names(self, path: str) -> list[str]:
+        if path in self.nodes:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         return sorted({name[len(path) + 1 :].split("/")[0] for name in self.nodes if name.startswith(path + "/")})
 
     def make_directories(self, path: str) -> None:
@@ -189,9 +220,15 @@ class MemoryDisk:
         for name, node in self.nodes.items():
             if posixpath.dirname(name) == path:
                 node.is_named = True
+        for name in [name for name in self.removed if posixpath.dirname(name) == path]:
+            del self.removed[name]
 
     def unlink(self, path: str) -> None:
-        self.nodes.pop(path).is_linked = False
+        self.check("unlink", path)
+        if path not in self.nodes:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        node = self.removed[path] = self.nodes.pop(path)
+        node.is_linked = False
 
     def read_file(self, path: str) -> bytes:
         self.check("read", path)
@@ -221,4 +258,9 @@ class MemoryDisk:
     async def run(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        return function(*args, **kwargs)
+        if self.yields:
+            await asyncio.sleep(0)
+        result = function(*args, **kwargs)
+        if self.yields:
+            await asyncio.sleep(0)
+        return result

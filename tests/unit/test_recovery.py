@@ -253,7 +253,8 @@ async def test_without_index_and_header_a_segment_is_left_alone_and_said() -> No
     disk = MemoryDisk()
     async with opened(disk) as store:
         messages = await put_all(store, range(3))
-    disk.nodes[SEGMENT].content[20] ^= 1
+    for half in (0, 2048):
+        disk.nodes[SEGMENT].content[half + 30] ^= 1
     before = bytes(disk.nodes[SEGMENT].content)
     lose_index(disk)
     async with opened(disk, seed=3) as store:

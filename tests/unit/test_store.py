@@ -431,16 +431,28 @@ async def test_the_age_of_a_stuck_disk_operation_is_told() -> None:
         assert store.health().oldest_disk_operation_s == 0
 
 
-async def test_an_index_that_fails_ends_the_store() -> None:
+@pytest.mark.parametrize(("code", "told"), [(errno.EIO, StoreFailed), (errno.ENOSPC, StoreFull)])
+async def test_an_index_that_fails_takes_nothing_more_but_is_read(code: int, told: type[Exception]) -> None:
     disk = MemoryDisk()
     store = await open_on(disk)
     await store.put(block(1, b"x"), b"x")
-    disk.fault = failing("write", errno.EIO, path="/data/index")
-    with pytest.raises(StoreFailed):
+    await store.sync()
+    disk.fault = failing("write", code, path="/data/index")
+    with pytest.raises(told):
         await store.put(block(2, b"y"), b"y")
+    disk.fault = no_fault
     assert "cannot be written" in str(store.failed.result())
-    assert any("restart this data server" in line for line in store.health().troubles)
+    for refused in (store.put(block(3, b"z"), b"z"), store.sync(), store.delete(order(1, 1), [])):
+        with pytest.raises(told):
+            await refused
+    assert any("nothing is written here" in line for line in store.health().troubles)
+    assert await read(store, block(1, b"x")) == b"x"
+    with pytest.raises(BlockMissing):
+        await read(store, block(2, b"y"))
     await store.close()
+    async with opened(disk, seed=2) as store:
+        assert await read(store, block(1, b"x")) == b"x"
+        await store.put(block(3, b"z"), b"z")
 
 
 async def test_listing_goes_on_where_it_stopped() -> None:

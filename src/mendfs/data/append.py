@@ -42,7 +42,8 @@ class AppendLog:
         self._server = server
         self._rng = rng
         self._segment_bytes = segment_bytes
-        self._last_number = last_number
+        self.last_number = last_number
+        """The highest number that a segment has, or had."""
         self._rolling: asyncio.Task[ReplicaError | None] | None = None
         self._failed_at_s: float | None = None
         self._failure = ""
@@ -55,12 +56,15 @@ class AppendLog:
                 return Place(segment.number, segment.settled_end)
         if self.active is not None:
             return Place(self.active.number, self.active.position)
-        return Place(self._last_number + 1, SEGMENT_HEADER_BYTES)
+        return Place(self.last_number + 1, SEGMENT_HEADER_BYTES)
 
-    async def reserve(self, length: int) -> tuple[Segment, int]:
-        """A place for a record of `length` bytes. Raises StoreFull, StoreFailed."""
+    async def reserve(self, length: int, *, is_copy: bool = False) -> tuple[Segment, int]:
+        """A place for a record of `length` bytes. Raises StoreFull, StoreFailed.
+
+        A copy, which is made to free more than it takes, may use the room that is kept from writers.
+        """
         assert SEGMENT_HEADER_BYTES + length <= self._segment_bytes, "a segment holds the longest block of its volume"
-        self._watch.reserve(length)
+        self._watch.reserve(length, is_copy=is_copy)
         while True:
             active = self.active
             if active is not None and active.position + length <= self._segment_bytes:
@@ -84,7 +88,7 @@ class AppendLog:
 
     async def _make_next(self) -> ReplicaError | None:
         # Raised only when this is over: until then `end` must not lie behind what will be written to this one.
-        number = self._last_number + 1
+        number = self.last_number + 1
         header = SegmentHeader(
             number,
             self._rng.getrandbits(8 * ID_BYTES).to_bytes(ID_BYTES, "big"),
@@ -94,19 +98,24 @@ class AppendLog:
             self._volume.page_size,
         )
         try:
-            segment = await self._watch.run(self.segments.create, header)
+            segment = await self._watch.run_writing(self.segments.create, header)
             await self._index.set_segment(number, header.id)
         except OSError as error:
             failure = self._watch.disk_error("cannot make a new segment", error)
             self._failed_at_s, self._failure = asyncio.get_running_loop().time(), str(failure)
             return failure
         finally:
-            self._last_number = number
+            self.last_number = number
             self._rolling = None
         self.segments.add(segment)
         self.active = segment
         log.info("segment made", segment=number)
         return None
+
+    async def begin_next(self) -> None:
+        """Go on in a new segment. Raises StoreFull, StoreFailed."""
+        self.active = None
+        await self._roll()
 
     def leave(self, segment: Segment) -> None:
         """Write no more to this segment."""

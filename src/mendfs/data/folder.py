@@ -112,6 +112,15 @@ class Folder:
         self._disk.replace_file(file, msgspec.json.encode(self.identity))
         return True
 
+    def try_writing(self, length: int) -> None:
+        """Write `length` bytes, make them durable, and take them away. Blocks. Raises OSError."""
+        path = posixpath.join(self.path, "probe")
+        try:
+            self._disk.replace_file(path, bytes(length))
+        finally:
+            if self._disk.exists(path):
+                self._disk.unlink(path)
+
     def close(self) -> None:
         """Give the lock back."""
         self._lock.close()

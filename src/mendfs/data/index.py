@@ -4,6 +4,7 @@ Commits of the embedded engines await nothing, so between the check of an entry 
 another engine `run` would see the conflict.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,15 +12,18 @@ import msgspec
 
 from mendfs.data import inventory, schema
 from mendfs.data.record import align, head_length
-from mendfs.data.schema import Entry, Fence, Place
+from mendfs.data.schema import Entry, Fence, Name, Place
+from mendfs.data.usage import BEGIN, Usage
 from mendfs.kv.engine import Engine, Transaction, run
 from mendfs.model import BlockId, CommitSequence, Generation, Partition, Volume
 
 BLOCKS_A_BATCH = 30
 """A block takes up to three keys in a batch of at most 100: its entry, its journal key, its range's sum."""
 _PAGE = 1000
-
-Name = tuple[Partition, BlockId]
+COUNT_PAUSE_S = 0.002
+"""Between two steps of the count: a million entries in ten seconds, with a third of one core."""
+_STEP = 250
+"""Entries decoded between two turns of the event loop: half a millisecond."""
 
 
 class Journalled(NamedTuple):
@@ -29,11 +33,20 @@ class Journalled(NamedTuple):
     name: Name
 
 
+class Move(NamedTuple):
+    """A block's record was copied: it lay at `old`, and `entry` says where it lies now."""
+
+    name: Name
+    old: Place
+    entry: Entry
+
+
 class Index:
     """One store's index. It does not know what is in the files."""
 
     def __init__(self, engine: Engine, volume: Volume) -> None:
         self.engine = engine
+        self.usage = Usage()
         self._volume = volume
 
     def record_bytes(self, entry: Entry) -> int:
@@ -42,7 +55,7 @@ class Index:
 
     async def find(self, partition: Partition, block: BlockId) -> Entry | None:
         """A block's entry."""
-        raw = await self.engine.begin().get(schema.block_key(partition, block))
+        raw = await self.engine.begin_reading().get(schema.block_key(partition, block))
         return None if raw is None else schema.decode_entry(raw)
 
     async def list_blocks(
@@ -54,28 +67,38 @@ class Index:
         if only is not None:
             begin = max(begin, schema.block_key(only, BlockId(0)))
             end = schema.block_key(Partition(only + 1), BlockId(0))
-        pairs = await self.engine.begin().range(begin, end, limit=limit)
+        pairs = await self.engine.begin_reading().range(begin, end, limit=limit)
         return [(schema.block_of(key), schema.decode_entry(raw)) for key, raw in pairs]
 
-    async def add(self, name: Name, entry: Entry, old: Entry | None, *, is_synced: bool = False) -> None:
-        """Enter a block in place of `old`, the entry it has. Not synced: a start does not believe it unchecked."""
-        await run(self.engine, self._add, name, entry, old, is_synced)
-
-    async def _add(self, tx: Transaction, name: Name, entry: Entry, old: Entry | None, is_synced: bool) -> None:
+    async def add(self, name: Name, entry: Entry, *, is_synced: bool = False) -> Entry | None:
+        """Enter a block; returns the entry it had. Not synced: a start does not believe it unchecked."""
+        old, _ = await run(self.engine, self._add, name, entry, is_synced)
+        # No await since the commit: the usage is as the index is.
         if old is not None:
-            await self._take(tx, name)
-        tx.put(schema.block_key(*name), schema.encode_entry(entry))
+            self.usage.left(name, old, self.record_bytes(old))
+        self.usage.entered(name, entry, self.record_bytes(entry))
+        return old
+
+    async def _add(self, tx: Transaction, name: Name, entry: Entry, is_synced: bool) -> Entry | None:
+        old = await self._take(tx, name)
+        await self._enter(tx, name, entry)
         if not is_synced:
             tx.put(schema.journal_key(entry.place), schema.encode_name(*name))
+        return old
+
+    async def _enter(self, tx: Transaction, name: Name, entry: Entry) -> None:
+        tx.put(schema.block_key(*name), schema.encode_entry(entry))
         if entry.is_good:
             await inventory.count(tx, self._volume.id, *name, entry.root, self.record_bytes(entry))
 
     async def _take(self, tx: Transaction, name: Name) -> Entry | None:
-        """The entry of a block, counted out if it was counted."""
+        """The entry of a block, counted out if it was counted, and out of the journal."""
         raw = await tx.get(schema.block_key(*name))
         if raw is None:
             return None
         old = schema.decode_entry(raw)
+        tx.delete(schema.block_key(*name))
+        tx.delete(schema.journal_key(old.place))
         if old.is_good:
             await inventory.count(tx, self._volume.id, *name, old.root, self.record_bytes(old), sign=-1)
         return old
@@ -85,17 +108,20 @@ class Index:
         gone: list[Entry] = []
         for start in range(0, len(names), BLOCKS_A_BATCH):
             part, _ = await run(self.engine, self._remove, names[start : start + BLOCKS_A_BATCH])
-            gone += part
+            gone += self._left(part)
         return gone
 
-    async def _remove(self, tx: Transaction, names: Sequence[Name]) -> list[Entry]:
+    def _left(self, pairs: Sequence[tuple[Name, Entry]]) -> list[Entry]:
+        for name, entry in pairs:
+            self.usage.left(name, entry, self.record_bytes(entry))
+        return [entry for _, entry in pairs]
+
+    async def _remove(self, tx: Transaction, names: Sequence[Name]) -> list[tuple[Name, Entry]]:
         gone = []
         for name in names:
             old = await self._take(tx, name)
             if old is not None:
-                tx.delete(schema.block_key(*name))
-                tx.delete(schema.journal_key(old.place))
-                gone.append(old)
+                gone.append((name, old))
         return gone
 
     async def drop(self, records: Sequence[Journalled]) -> list[Entry]:
@@ -103,18 +129,17 @@ class Index:
         dropped: list[Entry] = []
         for start in range(0, len(records), BLOCKS_A_BATCH):
             part, _ = await run(self.engine, self._drop, records[start : start + BLOCKS_A_BATCH])
-            dropped += part
+            dropped += self._left(part)
         return dropped
 
-    async def _drop(self, tx: Transaction, records: Sequence[Journalled]) -> list[Entry]:
+    async def _drop(self, tx: Transaction, records: Sequence[Journalled]) -> list[tuple[Name, Entry]]:
         dropped = []
         for place, name in records:
             tx.delete(schema.journal_key(place))
             raw = await tx.get(schema.block_key(*name))
             if raw is not None and schema.decode_entry(raw).place == place:
-                dropped.append(schema.decode_entry(raw))
+                dropped.append((name, schema.decode_entry(raw)))
                 await self._take(tx, name)
-                tx.delete(schema.block_key(*name))
         return dropped
 
     async def mark_bad(self, records: Sequence[tuple[Name, Place]]) -> list[Entry]:
@@ -134,18 +159,51 @@ class Index:
                 continue
             await self._take(tx, name)
             bad = msgspec.structs.replace(entry, flags=entry.flags | schema.FLAG_BAD)
-            tx.put(schema.block_key(*name), schema.encode_entry(bad))
+            await self._enter(tx, name, bad)
             marked.append(entry)
         return marked
+
+    async def move(self, moves: Sequence[Move]) -> list[tuple[Move, Entry]]:
+        """Point blocks to synced copies of their records, all in one batch; each with the entry it had.
+
+        A block that is not where it was any more, deleted or stored anew meanwhile, is left as it is.
+        """
+        assert len(moves) <= BLOCKS_A_BATCH, "the switch is one batch"
+        moved, _ = await run(self.engine, self._move, moves)
+        for move, old in moved:
+            self.usage.left(move.name, old, self.record_bytes(old))
+            self.usage.entered(move.name, move.entry, self.record_bytes(move.entry))
+        return moved
+
+    async def _move(self, tx: Transaction, moves: Sequence[Move]) -> list[tuple[Move, Entry]]:
+        moved = []
+        for move in moves:
+            raw = await tx.get(schema.block_key(*move.name))
+            if raw is None or schema.decode_entry(raw).place != move.old:
+                continue
+            old = await self._take(tx, move.name)
+            assert old is not None, "it was there above"
+            await self._enter(tx, move.name, move.entry)
+            moved.append((move, old))
+        return moved
 
     async def in_segment(self, number: int) -> list[tuple[Name, Entry]]:
         """Everything that lies in one segment. Reads the whole index: for when a file has gone, not for every day."""
         found: list[tuple[Name, Entry]] = []
-        at: Name = (Partition(0), BlockId(0))
-        while part := await self.list_blocks(*at, _PAGE):
+        at = BEGIN
+        while part := await self.list_blocks(*at, _STEP):
             found += [pair for pair in part if pair[1].segment == number]
             at = part[-1][0]
+            await asyncio.sleep(0)
         return found
+
+    async def count_usage(self) -> None:
+        """Count what each segment holds that is needed; in steps, while the store is used."""
+        while part := await self.list_blocks(*self.usage.counted_to, _STEP):
+            for name, entry in part:
+                self.usage.counted(name, entry, self.record_bytes(entry))
+            await asyncio.sleep(COUNT_PAUSE_S)
+        self.usage.is_complete = True
 
     async def journal(self, begin: Place) -> list[Journalled]:
         """The entries made at or past a place."""

@@ -38,7 +38,7 @@ async def totals(engine: Engine) -> tuple[Sum, Generation]:
     """Everything held, and the highest generation of its ids."""
     blocks = record_bytes = highest = 0
     begin, end = schema.KIND_INVENTORY, schema.after(schema.KIND_INVENTORY)
-    while pairs := await engine.begin().range(begin, end, limit=_PAGE):
+    while pairs := await engine.begin_reading().range(begin, end, limit=_PAGE):
         for key, raw in pairs:
             held = schema.decode_sum(raw)
             blocks += held.blocks
@@ -53,7 +53,7 @@ async def sums(engine: Engine, partitions: Iterable[Partition]) -> tuple[Invento
     found = []
     for partition in partitions:
         begin, end = schema.inventory_range(partition)
-        while pairs := await engine.begin().range(begin, end, limit=_PAGE):
+        while pairs := await engine.begin_reading().range(begin, end, limit=_PAGE):
             for key, raw in pairs:
                 held = schema.decode_sum(raw)
                 id_range = schema.inventory_of(key)[1]

@@ -1,13 +1,17 @@
 """Opening a store: its folder, its index, its segments, put together."""
 
+import contextlib
 import posixpath
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 import msgspec
 import structlog
 
 from mendfs.data import inventory
 from mendfs.data.append import AppendLog
+from mendfs.data.copying import Copier
+from mendfs.data.files import OpenFiles
 from mendfs.data.index import Index
 from mendfs.data.record import SEGMENT_HEADER_BYTES, align, head_length
 from mendfs.data.recovery import Recovery
@@ -15,7 +19,7 @@ from mendfs.data.segment import Segments
 from mendfs.data.store import Store
 from mendfs.data.syncing import Syncing
 from mendfs.data.watch import Watch
-from mendfs.errors import StoreDamaged, StoreFailed
+from mendfs.errors import EngineDamaged, EngineFailed, StoreDamaged, StoreFailed
 from mendfs.kv.engine import Engine
 from mendfs.model import MiB, Volume
 from mendfs.world import World
@@ -30,7 +34,12 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     segment_bytes: int = 256 * MiB
     """A new file is begun above this. Bigger: fewer files. Smaller: less to copy when one is half empty."""
     capacity: int = 0
-    """Bytes of records it may hold; 0 for what the disk has."""
+    """Bytes its segments may take on the disk; 0 for what the disk has."""
+    copy_bytes_per_s: int = 50 * MiB
+    """Upper bound for copying half-empty segments: a quarter of what a slow disk writes is left to those who wait."""
+    open_files_max: int = 1024
+    """Segment files kept open at a time, 256 GiB of blocks; others are opened when they are read. Fewer if the system
+    gives fewer."""
 
 
 async def open_store(
@@ -41,50 +50,97 @@ async def open_store(
     volume: Volume,
     server_id: str,
     options: StoreOptions,
+    is_index_damaged: bool = False,
 ) -> Store:
     """Open the store in `folder`, made if missing; whoever calls holds the folder's lock.
 
-    Raises StoreDamaged, UsageError or StoreFailed, in a line that says what to do.
+    An index that is damaged, or said to be, is made again from the segments. Raises StoreDamaged, UsageError,
+    StoreFailed or EngineFailed, in a line that says what to do.
     """
-    disk = world.disk
-    watch = Watch(disk, folder, options.capacity)
-    segments = Segments(disk, posixpath.join(folder, "segments"))
-    server = bytes.fromhex(server_id)
-    longest = align(head_length(volume.block_size, volume.page_size, volume.checksum) + volume.block_size)
-    segment_bytes = max(options.segment_bytes, SEGMENT_HEADER_BYTES + longest)
+    watch = Watch(world.disk, folder, options.capacity)
+    opening = _Opening(world, folder, open_engine, volume, bytes.fromhex(server_id), options, watch)
     try:
-        await watch.run(disk.make_directories, segments.folder)
+        await watch.run(world.disk.make_directories, opening.segments_folder)
         await watch.run(watch.measure_room)
-        index = Index(await _open_engine(disk, watch, open_engine, posixpath.join(folder, "index")), volume)
-        try:
-            recovered = await Recovery(
-                segments, index, watch, volume=volume, server=server, segment_bytes=segment_bytes
-            ).run()
-            held, generation = await inventory.totals(index.engine)
-            fence = await index.fence()
-        except BaseException:
-            segments.close()
-            await index.engine.close()
-            raise
+        if not is_index_damaged:
+            try:
+                return await opening.run()
+            except EngineDamaged as error:
+                # It opened, but what is in it cannot be read.
+                log.error("the index is damaged, making it again from the segments", error=str(error))
+        await watch.run(_empty, world.disk, opening.index_folder)
+        return await opening.run()
     except OSError as error:
         raise StoreFailed(f"the store in {folder} does not open: {watch.disk_error('opening', error)}") from None
-    watch.blocks, watch.record_bytes = held.blocks, held.record_bytes
-    appending = AppendLog(
-        segments,
-        index,
-        watch,
-        volume=volume,
-        server=server,
-        rng=world.rng,
-        segment_bytes=segment_bytes,
-        last_number=recovered.last_number,
-    )
-    appending.active = recovered.active
-    syncing = Syncing(appending, index, watch, world.rng, checkpoint=recovered.checkpoint)
-    highest = max(generation, fence.generation)
-    store = Store(volume, index, watch, segments, appending, syncing, highest)
-    store.recovered_without_index = not recovered.report.index_was_whole
-    return store
+
+
+class _Opening(NamedTuple):
+    """What an opening needs."""
+
+    world: World
+    folder: str
+    open_engine: Callable[[str], Awaitable[Engine]]
+    volume: Volume
+    server: bytes
+    options: StoreOptions
+    watch: Watch
+
+    @property
+    def segments_folder(self) -> str:
+        """Where the segment files lie."""
+        return posixpath.join(self.folder, "segments")
+
+    @property
+    def index_folder(self) -> str:
+        """Where the index's engine keeps what it keeps."""
+        return posixpath.join(self.folder, "index")
+
+    @property
+    def segment_bytes(self) -> int:
+        """The longest a segment gets: as asked for, but one block of the volume must fit."""
+        of = self.volume
+        longest = align(head_length(of.block_size, of.page_size, of.checksum) + of.block_size)
+        return max(self.options.segment_bytes, SEGMENT_HEADER_BYTES + longest)
+
+    async def run(self) -> Store:
+        """Open index and segments, and find out what is there."""
+        disk = self.world.disk
+        segments = Segments(disk, self.segments_folder, OpenFiles(disk, self.options.open_files_max))
+        engine = await _open_engine(disk, self.watch, self.open_engine, self.index_folder)
+        try:
+            return await self._recover(segments, Index(engine, self.volume))
+        except BaseException:
+            segments.close()
+            with contextlib.suppress(EngineFailed):  # what is being raised says more than how its closing went
+                await engine.close()
+            raise
+
+    async def _recover(self, segments: Segments, index: Index) -> Store:
+        watch, volume, rng = self.watch, self.volume, self.world.rng
+        recovered = await Recovery(
+            segments, index, watch, volume=volume, server=self.server, segment_bytes=self.segment_bytes
+        ).run()
+        held, generation = await inventory.totals(index.engine)
+        fence = await index.fence()
+        await watch.run(segments.measure)
+        watch.blocks, watch.record_bytes, watch.occupied = held.blocks, held.record_bytes, segments.occupied
+        appending = AppendLog(
+            segments,
+            index,
+            watch,
+            volume=volume,
+            server=self.server,
+            rng=rng,
+            segment_bytes=self.segment_bytes,
+            last_number=recovered.last_number,
+        )
+        appending.active = recovered.active
+        syncing = Syncing(appending, index, watch, rng, checkpoint=recovered.checkpoint)
+        copier = Copier(index, appending, syncing, watch, volume=volume, bytes_per_s=self.options.copy_bytes_per_s)
+        highest = max(generation, fence.generation)
+        store = Store(volume, index, watch, segments, appending, syncing, copier, highest)
+        store.recovered_without_index = not recovered.report.index_was_whole
+        return store
 
 
 async def _open_engine(disk: Disk, watch: Watch, open_engine: Callable[[str], Awaitable[Engine]], path: str) -> Engine:
@@ -100,6 +156,8 @@ async def _open_engine(disk: Disk, watch: Watch, open_engine: Callable[[str], Aw
 def _empty(disk: Disk, path: str) -> None:
     try:
         names = disk.names(path)
+    except FileNotFoundError:
+        return
     except NotADirectoryError:
         disk.unlink(path)
         return

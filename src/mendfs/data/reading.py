@@ -9,9 +9,8 @@ from typing import NamedTuple
 import msgspec
 
 from mendfs.blocks import bad_pages, check_root, page_count
-from mendfs.data.index import Name
 from mendfs.data.record import RECORD_HEADER_BYTES, decode_record, head_length
-from mendfs.data.schema import Entry
+from mendfs.data.schema import Entry, Name
 from mendfs.data.segment import Segment
 from mendfs.data.watch import Watch
 from mendfs.errors import BlockCorrupt
@@ -75,8 +74,7 @@ async def _fill(segment: Segment, buffer: memoryview | bytearray, offset: int, w
             return
         done = await watch.run(segment.file.read_into, buffer, offset)
     except OSError as error:
-        watch.disk_error(f"cannot read segment {segment.number}", error)
-        raise BlockCorrupt(f"segment {segment.number} cannot be read: {error.strerror or error}") from None
+        raise watch.read_error(segment.number, error) from None
     if done < len(buffer):
         raise BlockCorrupt(f"segment {segment.number} ends inside the record at {offset}")
 
@@ -92,17 +90,30 @@ def _check_head(segment: Segment, name: Name, entry: Entry, head: memoryview | b
 
 
 def verify(segment: Segment, name: Name, entry: Entry, volume: Volume) -> None:
-    """Read a whole record and check everything. Blocks. Raises BlockCorrupt, saying what is wrong."""
+    """Read a whole record and check everything. Blocks. Raises BlockCorrupt, saying what is wrong, OSError."""
     head = head_length(entry.length, volume.page_size, volume.checksum)
     raw = memoryview(bytearray(head + entry.length))
-    try:
-        done = segment.file.read_into(raw, entry.offset)
-    except OSError as error:
-        raise BlockCorrupt(f"segment {segment.number} cannot be read: {error.strerror or error}") from None
+    done = segment.file.read_into(raw, entry.offset)
     if done < len(raw):
         raise BlockCorrupt(f"segment {segment.number} ends inside the record at {entry.offset}")
-    checksums = _check_head(segment, name, entry, raw[:head])
+    _check_head(segment, name, entry, raw[:head])
+    _check_data(raw[RECORD_HEADER_BYTES:], entry, volume)
+
+
+def is_intact(raw: bytearray, entry: Entry, volume: Volume) -> bool:
+    """Whether a record's page checksums and data, as they were read, are right."""
+    try:
+        _check_data(memoryview(raw), entry, volume)
+    except BlockCorrupt:
+        return False
+    return True
+
+
+def _check_data(raw: memoryview, entry: Entry, volume: Volume) -> None:
+    """Check page checksums and data against the root. Raises BlockCorrupt."""
+    at = head_length(entry.length, volume.page_size, volume.checksum) - RECORD_HEADER_BYTES
+    checksums = bytes(raw[:at])
     check_root(checksums, entry.root, length=entry.length, page_size=volume.page_size, kind=volume.checksum)
-    bad = bad_pages(raw[head:], checksums, first_page=0, page_size=volume.page_size, kind=volume.checksum)
+    bad = bad_pages(raw[at:], checksums, first_page=0, page_size=volume.page_size, kind=volume.checksum)
     if bad:
         raise BlockCorrupt(f"{len(bad)} of {page_count(entry.length, volume.page_size)} pages fail their checksum")

@@ -21,7 +21,10 @@ SEGMENT_HEADER_BYTES = 4096
 """One page, so that records begin page-aligned and the header is written and read whole."""
 ALIGNMENT_BYTES = 64
 """Records begin at multiples of this: after a bad header the next one is searched at these places only."""
+SEGMENT_COPY_AT = 2048
+"""The header is there twice: without the id in it none of the records could be told from garbage."""
 ID_BYTES = 16
+_ID_AT = 24
 _SEED_MASK = (1 << 64) - 1
 
 _SEGMENT = struct.Struct(">8sHBxIQ16s16s16s")
@@ -105,7 +108,8 @@ def encode_segment(header: SegmentHeader) -> bytes:
         header.volume,
         header.server,
     )
-    return (raw + _CHECKSUM.pack(xxh3_64_intdigest(raw))).ljust(SEGMENT_HEADER_BYTES, b"\0")
+    half = (raw + _CHECKSUM.pack(xxh3_64_intdigest(raw))).ljust(SEGMENT_COPY_AT, b"\0")
+    return half + half
 
 
 def decode_segment(raw: Buffer, path: str) -> SegmentHeader:
@@ -121,6 +125,18 @@ def decode_segment(raw: Buffer, path: str) -> SegmentHeader:
     if _CHECKSUM.unpack_from(raw, _SEGMENT.size)[0] != xxh3_64_intdigest(checked) or code not in _KINDS:
         raise StoreDamaged(f"the header of segment {path} fails its checksum")
     return SegmentHeader(number, segment_id, volume, server, _KINDS[code], page_size)
+
+
+def decode_segment_copy(raw: Buffer, path: str) -> SegmentHeader:
+    """The second copy of a damaged segment header. Raises StoreDamaged if it is damaged too, or there is none."""
+    return decode_segment(bytes(raw[SEGMENT_COPY_AT:]).ljust(SEGMENT_HEADER_BYTES, b"\0"), path)
+
+
+def ids_in(raw: Buffer) -> list[bytes]:
+    """What stands where the id of a segment and its copy stand, in a header that fails its checksum twice."""
+    places = (_ID_AT, SEGMENT_COPY_AT + _ID_AT)
+    found = [bytes(raw[at : at + ID_BYTES]) for at in places]
+    return [each for each in dict.fromkeys(found) if any(each)]
 
 
 def encode_record(header: RecordHeader, *, seed: int, offset: int) -> bytes:

@@ -6,21 +6,21 @@ are in the page cache. After a power cut it is what reached the disk. A store wi
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import structlog
 
 from mendfs.data import schema
-from mendfs.data.index import Index, Journalled, Name
-from mendfs.data.record import SEGMENT_HEADER_BYTES, SegmentHeader, align, encode_segment
-from mendfs.data.scanning import Found, Scan, scan
-from mendfs.data.schema import Entry, Fence, Place
+from mendfs.data.files import SegmentFile
+from mendfs.data.index import Index, Journalled
+from mendfs.data.record import SEGMENT_HEADER_BYTES, SegmentHeader, align, decode_segment_copy, encode_segment, ids_in
+from mendfs.data.scanning import Found, Scan, scan, scan_headers
+from mendfs.data.schema import Entry, Fence, Name, Place
 from mendfs.data.segment import Segment, Segments
 from mendfs.data.watch import Watch
 from mendfs.errors import StoreDamaged
 from mendfs.model import CommitSequence, Generation, Volume, generation_of
-from mendfs.world.disk import File
 
 log = structlog.get_logger("data")
 
@@ -36,6 +36,9 @@ class Report(msgspec.Struct):
     added: int = 0
     dropped: int = 0
     bad: int = 0
+    lost: int = 0
+    """Blocks whose file is gone."""
+    unreadable_bytes: int = 0
     skipped_bytes: int = 0
     cut_bytes: int = 0
     index_was_whole: bool = True
@@ -72,6 +75,8 @@ class Recovery:
         self._server = server
         self._segment_bytes = segment_bytes
         self._report = Report()
+        self._verified: set[Place] = set()
+        """Where this recovery has found a whole record."""
 
     async def run(self) -> Recovered:
         """Open everything. Raises StoreDamaged when the folder is another store's, OSError."""
@@ -97,58 +102,107 @@ class Recovery:
 
     async def _open_files(self) -> list[_Opened]:
         known = await self._index.segments()
-        present = await self._watch.run(self._segments.present)
-        for number in sorted(known.keys() - set(present)):
+        for number in await self._watch.run(self._segments.present):
+            segment = await self._open_file(number, known)
+            if segment is not None and self._claims(segment, known):
+                self._segments.add(segment)
+        for number in sorted(known.keys() - {segment.number for segment in self._segments}):
             await self._forget(number)
         opened = []
-        for number in present:
-            segment = await self._open_file(number, known.get(number))
-            if segment is None:
-                continue
-            self._segments.add(segment)
-            is_known = number in known
+        for segment in sorted(self._segments, key=lambda each: each.number):
+            is_known = segment.number in known
+            if is_known and known[segment.number][0] != segment.id:
+                # Another file than the one that the index speaks of, of the same number: what was there is gone, and
+                # what is here was never looked at.
+                log.error("segment file is not the one that the index knows", segment=segment.number)
+                await self._forget(segment.number)
+                is_known = False
             if not is_known:
-                await self._index.set_segment(number, segment.id)
-            opened.append(_Opened(segment, is_known and known[number][1], is_known and self._report.index_was_whole))
+                await self._index.set_segment(segment.number, segment.id)
+            is_closed = is_known and known[segment.number][1]
+            opened.append(_Opened(segment, is_closed, is_known and self._report.index_was_whole))
         self._report.segments = len(opened)
         return opened
 
-    async def _open_file(self, number: int, known: tuple[bytes, bool] | None) -> Segment | None:
+    def _claims(self, segment: Segment, known: Mapping[int, tuple[bytes, bool]]) -> bool:
+        """Whether this file is the segment that its header says, if two files say that they are."""
+        path, right_path = segment.file.path, self._segments.path(segment.number)
+        if path != right_path:
+            log.error("segment file has another one's name", path=path, segment=segment.number)
+        other = self._segments.get(segment.number)
+        if other is None:
+            return True
+        expected = known[segment.number][0] if segment.number in known else None
+        is_better = (segment.id == expected, path == right_path) > (other.id == expected, other.file.path == right_path)
+        left = other if is_better else segment
+        text = f"{left.file.path} says that it is segment {left.number}, as another file does: left alone; move it away"
+        self._watch.trouble(f"twice {left.number}", text)
+        if is_better:
+            self._segments.drop(other)
+        else:
+            segment.file.close()
+        return is_better
+
+    async def _open_file(self, number: int, known: Mapping[int, tuple[bytes, bool]]) -> Segment | None:
         try:
             file, header = await self._watch.run(self._segments.open, number)
         except StoreDamaged as error:
-            return await self._open_damaged(number, known, error)
+            return await self._open_damaged(number, known.get(number), error)
         if header.server != self._server or header.volume != bytes.fromhex(self._volume.id):
             file.close()
             raise StoreDamaged(
                 f"{self._segments.path(number)} belongs to server {header.server.hex()} of volume "
                 f"{header.volume.hex()}; this folder's is {self._server.hex()} of {self._volume.id}: move it away"
             )
+        return await self._segment(header, file)
+
+    async def _segment(self, header: SegmentHeader, file: SegmentFile) -> Segment:
         return Segment(header, file, max(SEGMENT_HEADER_BYTES, align(await self._watch.run(file.size))))
 
     async def _open_damaged(self, number: int, known: tuple[bytes, bool] | None, error: StoreDamaged) -> Segment | None:
-        if known is None:
-            # With a whole index: made just before a power cut, and nothing in it was ever synced. Without one, no
-            # record in it can be told from garbage, for the random id is lost.
-            log.error("segment left alone", segment=number, error=str(error))
-            if not self._report.index_was_whole:
-                self._watch.trouble(f"segment {number}", f"{error}; its records cannot be found again")
-            return None
-        # A power cut can also tear the header of a segment whose first sync never came: it must be right before more
-        # is appended.
-        log.error("segment header damaged, written again from the index", segment=number, error=str(error))
-        file: File = await self._watch.run(self._segments.open_damaged, number)
-        header = SegmentHeader(
+        file, raw = await self._watch.run(self._segments.open_damaged, number)
+        # The id is what counts: with it each record says for itself whether it is one. The index has it; without, the
+        # header's copy or even its damaged bytes may, and then some record proves it.
+        is_known = known is not None
+        candidates = [known[0]] if known is not None else ids_in(raw)
+        try:
+            copy = decode_segment_copy(raw, file.path)
+        except StoreDamaged:
+            pass
+        else:
+            if copy == self._header(number, copy.id):
+                is_known, candidates = True, [copy.id]
+        for candidate in candidates:
+            header = self._header(number, candidate)
+            segment = await self._segment(header, file)
+            if not is_known:
+                found = await self._watch.run(scan_headers, file, seed=segment.seed, begin=SEGMENT_HEADER_BYTES)
+                if not found:
+                    continue
+            # A power cut can also tear the header of a segment whose first sync never came: it must be right before
+            # more is appended.
+            log.error("segment header damaged, written again", segment=number, error=str(error))
+            await self._watch.run(file.write, (encode_segment(header),), 0)
+            await self._watch.run(file.datasync)
+            file.is_pinned = False
+            return segment
+        file.close()
+        # With a whole index: made just before a power cut, and nothing in it was ever synced. Without one, no record in
+        # it can be told from garbage, for the random id is lost.
+        log.error("segment left alone", segment=number, error=str(error))
+        if not self._report.index_was_whole:
+            self._watch.trouble(f"segment {number}", f"{error}; its records cannot be found again")
+        return None
+
+    def _header(self, number: int, segment_id: bytes) -> SegmentHeader:
+        return SegmentHeader(
             number,
-            known[0],
+            segment_id,
             bytes.fromhex(self._volume.id),
             self._server,
             self._volume.checksum,
             self._volume.page_size,
         )
-        await self._watch.run(file.write, (encode_segment(header),), 0)
-        await self._watch.run(file.datasync)
-        return Segment(header, file, max(SEGMENT_HEADER_BYTES, align(await self._watch.run(file.size))))
 
     async def _forget(self, number: int) -> None:
         """A file that the index knows is not there any more."""
@@ -157,6 +211,7 @@ class Recovery:
         await self._index.set_segment(number, None)
         if held:
             path = self._segments.path(number)
+            self._report.lost += len(held)
             text = f"{path} is gone: its {len(held)} blocks must come from other servers"
             self._watch.trouble(f"gone {number}", text)
 
@@ -176,6 +231,7 @@ class Recovery:
             await self._cut(segment, found.end, is_known=each.is_known)
             # Before anything found is entered: what the index says of it must not outlive the record in a power cut.
             await self._watch.run(segment.sync)
+            segment.synced()
             scans.append((segment, found))
         if scans:
             await self._watch.run(self._segments.sync_names)
@@ -198,10 +254,15 @@ class Recovery:
             self._report.scanned += 1
             self._report.records += len(found.records)
             self._report.skipped_bytes += found.skipped_bytes
+            self._report.unreadable_bytes += found.unreadable_bytes
+            if found.unreadable_bytes:
+                text = f"{found.unreadable_bytes} bytes of segment {segment.number} cannot be read: replace the disk"
+                self._watch.trouble(f"read {segment.number}", text)
             for record in found.records:
                 name: Name = (record.header.partition, record.header.block)
                 if record.is_good:
                     believed.add(Journalled(Place(segment.number, record.offset), name))
+        self._verified = {record.place for record in believed}
         dropped = await self._index.drop([entry for entry in journal if entry not in believed])
         self._report.dropped = len(dropped)
         for segment, found in scans:
@@ -220,12 +281,20 @@ class Recovery:
                 return
         old = await self._index.find(*name)
         place = Place(segment.number, record.offset)
-        if old is not None and (old.place == place or old.is_good or not record.is_good):
+        if old is not None and old.place != place and old.root != header.root:
+            log.error("two contents under one id", partition=name[0], block=name[1], segment=segment.number)
+            return
+        if old is not None and (old.place == place or not record.is_good or self._is_as_good(old)):
             return
         flags = 0 if record.is_good else schema.FLAG_BAD
         entry = Entry(*place, header.length, header.inode, header.slot, flags, header.root)
-        await self._index.add(name, entry, old, is_synced=True)
+        await self._index.add(name, entry, is_synced=True)
         self._report.added += 1
+
+    def _is_as_good(self, old: Entry) -> bool:
+        """Whether an entry was found right by this recovery. One that was not may be of an older index, and the record
+        it speaks of copied to where the scan has just found it."""
+        return old.is_good and old.place in self._verified
 
     async def _raise_fence(self, scans: Sequence[tuple[Segment, Scan]]) -> None:
         """The fence was lost with the index: orders of generations before those of the blocks are still refused."""

@@ -5,6 +5,8 @@ else, a torn header, a punched or a never-written place, the next valid header i
 where one may begin; what is found must carry a checksum that is right for just this segment and offset.
 """
 
+import errno
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -18,11 +20,15 @@ from mendfs.data.record import (
     align,
     decode_record,
 )
-from mendfs.model import MiB
+from mendfs.model import KiB, MiB
 from mendfs.world.disk import File
 
 WINDOW_BYTES = 4 * MiB
 """Read at a time; grows for a record that is longer."""
+HEADERS_WINDOW_BYTES = 64 * KiB
+"""Read at a time when only headers are wanted: most of what lies between them is skipped."""
+SECTOR_BYTES = 4096
+"""What is left out where the disk reports an error: it reads and fails in units of this."""
 
 
 class Found(NamedTuple):
@@ -42,16 +48,19 @@ class Scan(msgspec.Struct):
     """Where the last valid record ends, or where the scan began."""
     skipped_bytes: int
     """Between records: holes, punched or torn. Not what follows the last one."""
+    unreadable_bytes: int = 0
+    """What the disk could not read was taken for zeros."""
 
 
 class _Window:
     """A moving view of a file."""
 
-    def __init__(self, file: File, size: int) -> None:
+    def __init__(self, file: File, size: int, window_bytes: int = WINDOW_BYTES) -> None:
         self.size = size
+        self.unreadable_bytes = 0
         self._file = file
         self._begin = 0
-        self._buffer = bytearray(WINDOW_BYTES)
+        self._buffer = bytearray(window_bytes)
         self._length = 0
 
     def get(self, offset: int, length: int) -> memoryview:
@@ -61,9 +70,29 @@ class _Window:
             if length > len(self._buffer):
                 self._buffer = bytearray(align(length))
             self._begin = offset
-            self._length = self._file.read_into(self._buffer, offset)
+            self._length = self._read(offset)
         at = offset - self._begin
         return memoryview(self._buffer)[at : min(at + length, self._length)]
+
+    def _read(self, offset: int) -> int:
+        try:
+            return self._file.read_into(self._buffer, offset)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        # Around what the disk cannot read there is more that it can: one bad sector must not cost the whole store.
+        view = memoryview(self._buffer)
+        length = min(len(view), self.size - offset)
+        for begin in range(0, length, SECTOR_BYTES):
+            part = view[begin : min(begin + SECTOR_BYTES, length)]
+            try:
+                self._file.read_into(part, offset + begin)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                part[:] = bytes(len(part))
+                self.unreadable_bytes += len(part)
+        return length
 
     def search(self, offset: int) -> int | None:
         """The next place at or after `offset` that holds the magic where a record may begin."""
@@ -83,20 +112,32 @@ def scan(file: File, *, seed: int, begin: int) -> Scan:
     """Every record from `begin` on, which must be a place where one may begin, with headers and data checked."""
     window = _Window(file, file.size())
     found = Scan([], begin, 0)
-    offset = begin
-    while offset < window.size:
-        header = decode_record(window.get(offset, RECORD_HEADER_BYTES), seed=seed, offset=offset)
-        if header is None:
-            after = window.search(offset + ALIGNMENT_BYTES)
-            if after is None:
-                break
-            offset = after
-            continue
+    for offset, header in _headers(window, seed=seed, begin=begin):
         found.skipped_bytes += offset - found.end
         record = Found(offset, header, _is_good(window.get(offset, header.head_bytes + header.length), header))
         found.records.append(record)
-        offset = found.end = offset + header.total_bytes
+        found.end = offset + header.total_bytes
+    found.unreadable_bytes = window.unreadable_bytes
     return found
+
+
+def scan_headers(file: File, *, seed: int, begin: int) -> list[tuple[int, RecordHeader]]:
+    """Offset and header of every record from `begin` on whose header is valid; its data is not looked at."""
+    return list(_headers(_Window(file, file.size(), HEADERS_WINDOW_BYTES), seed=seed, begin=begin))
+
+
+def _headers(window: _Window, *, seed: int, begin: int) -> Iterator[tuple[int, RecordHeader]]:
+    offset = begin
+    while offset < window.size:
+        header = decode_record(window.get(offset, RECORD_HEADER_BYTES), seed=seed, offset=offset)
+        if header is not None:
+            yield offset, header
+            offset += header.total_bytes
+            continue
+        after = window.search(offset + ALIGNMENT_BYTES)
+        if after is None:
+            return
+        offset = after
 
 
 def _is_good(raw: memoryview, header: RecordHeader) -> bool:

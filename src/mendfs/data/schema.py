@@ -51,6 +51,10 @@ FENCE_KEY = KIND_FENCE
 MARK_KEY = KIND_MARK
 
 
+Name = tuple[Partition, BlockId]
+"""What a block is known by."""
+
+
 class Place(NamedTuple):
     """A position in the store: segment number, and offset in that file."""
 

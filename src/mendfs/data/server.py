@@ -18,7 +18,7 @@ from mendfs.data.registration import Registration
 from mendfs.data.schema import Fence
 from mendfs.data.store import Store
 from mendfs.data.syncing import draw_incarnation
-from mendfs.errors import BadMessage, MendfsError, NotAuthentic
+from mendfs.errors import BadMessage, EngineDamaged, EngineFailed, MendfsError, NotAuthentic, StoreFailed
 from mendfs.kv.engine import Engine
 from mendfs.model import Generation, Incarnation, MiB, ServerNumber, StoreHealth
 from mendfs.wire.messages import Message
@@ -33,6 +33,8 @@ log = structlog.get_logger("data")
 EngineOpener = Callable[[str], Awaitable[Engine]]
 Handler = Callable[[Peer, Any], Awaitable[Message]]
 
+STORE_WAIT_S = 1.0
+"""How long a request waits for a store that is being opened: one that is whole takes less."""
 LIST_MAX = 10_000
 """Blocks in one answer: 100 bytes each stay below what a message may have."""
 VERIFY_MAX = 100
@@ -41,6 +43,9 @@ NAMES_MAX = 20_000
 """Blocks in one question or order."""
 INVENTORY_PARTITIONS_MAX = 1024
 FOLDER_CHECK_EVERY_S = 1.0
+PROBE_EVERY_S = 1.0
+PROBE_BYTES = 4 * MiB
+"""What an index wants to have before it opens: its log is laid out ahead in pieces of about this size."""
 
 
 class DataOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +97,7 @@ class DataServer:
         )
         self._registering: asyncio.Task[None] | None = None
         self._guarding: asyncio.Task[None] | None = None
+        self._reviving: asyncio.Task[None] | None = None
         self._handlers: dict[type, Handler] = {
             Ping: self._ping,
             messages.SyncStore: self._sync,
@@ -132,7 +138,7 @@ class DataServer:
 
     async def close(self) -> None:
         """Stop: no more requests, everything put is durable."""
-        for task in (self._registering, self._guarding):
+        for task in (self._registering, self._guarding, self._reviving):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -226,7 +232,7 @@ class DataServer:
             except OSError as error:
                 log.error("cannot look after the folder", dir=self._options.dir, error=str(error))
 
-    async def _open_store(self) -> None:
+    async def _open_store(self, *, is_index_damaged: bool = False) -> None:
         mine, options = self._folder.identity, self._options
         assert mine.volume is not None
         self.store = await open_store(
@@ -236,15 +242,54 @@ class DataServer:
             volume=mine.volume,
             server_id=mine.id,
             options=StoreOptions(segment_bytes=options.segment_bytes, capacity=options.capacity),
+            is_index_damaged=is_index_damaged,
         )
-        self.store.failed.add_done_callback(lambda failed: self._fail(failed.result()))
+        self.store.failed.add_done_callback(self._store_failed)
         self._has_store.set()
+
+    def _store_failed(self, failed: "asyncio.Future[EngineFailed]") -> None:
+        if not failed.cancelled():
+            self._reviving = asyncio.create_task(self._revive(failed.result()), name="revival")
+
+    async def _revive(self, error: EngineFailed) -> None:
+        """Open a store anew whose index takes nothing more. Until its disk can be written, blocks are read from it."""
+        log.error("the store's index has failed", error=str(error))
+        is_damaged = isinstance(error, EngineDamaged)
+        try:
+            await self._wait_writable()
+            store, self.store = self.store, None
+            assert store is not None, "the one whose index has failed"
+            self._has_store.clear()
+            try:
+                await store.close()
+            except MendfsError as closing:
+                log.error("the store could not be closed in order", error=str(closing))
+            await self._open_store(is_index_damaged=is_damaged)
+        except MendfsError as again:
+            self._fail(again)
+        else:
+            log.info("the store was opened anew", blocks=self._health().blocks)
+
+    async def _wait_writable(self) -> None:
+        """Until a little can be written into the folder, durably: what the index needs to begin with."""
+        while True:
+            try:
+                await self._world.disk.run(self._folder.try_writing, PROBE_BYTES)
+            except OSError as error:
+                log.info("the folder cannot be written yet", dir=self._options.dir, error=error.strerror)
+                await asyncio.sleep(PROBE_EVERY_S)
+            else:
+                return
 
     async def _ready_store(self) -> Store:
         """The store; a new server's requests wait for it, up to their deadline."""
-        if self.store is None:
-            await self._has_store.wait()
-            assert self.store is not None
+        while self.store is None:
+            # Said before the asker's own patience ends: it goes on to another replica all the sooner.
+            try:
+                async with asyncio.timeout(STORE_WAIT_S):
+                    await self._has_store.wait()
+            except TimeoutError:
+                raise StoreFailed("the store of this data server is still being opened: see its log") from None
         return self.store
 
     # Requests

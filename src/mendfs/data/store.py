@@ -14,13 +14,26 @@ import structlog
 from mendfs.blocks import Buffer, page_checksums, root_of
 from mendfs.data import inventory, reading
 from mendfs.data.append import AppendLog
-from mendfs.data.index import Index, Name
+from mendfs.data.copying import Copier
+from mendfs.data.index import Index
 from mendfs.data.record import RecordHeader, encode_record, make_header
-from mendfs.data.schema import Entry, Fence, Place
+from mendfs.data.schema import Entry, Fence, Name, Place
 from mendfs.data.segment import Segment, Segments
 from mendfs.data.syncing import Syncing, punch
 from mendfs.data.watch import Watch
-from mendfs.errors import BlockConflict, BlockCorrupt, BlockMissing, EngineFailed, Fenced, MendfsError, StoreFailed
+from mendfs.errors import (
+    BlockConflict,
+    BlockCorrupt,
+    BlockMissing,
+    EngineDamaged,
+    EngineFailed,
+    EngineFull,
+    EngineUnreadable,
+    Fenced,
+    ReplicaError,
+    StoreFailed,
+    StoreFull,
+)
 from mendfs.model import BlockId, Generation, Incarnation, Partition, StoreHealth, Volume, generation_of
 from mendfs.wire.messages.data import HeldBlock, InventorySum, PutBlock
 
@@ -31,6 +44,8 @@ INLINE_BYTES_MAX = 128 << 10
 """Writes below this go straight to the page cache: that takes less time than the way to a thread and back (100 us)."""
 SYNC_EVERY_S = 1.0
 """A dirty store is synced at least this often: what a power cut can take is bounded even if nobody asks."""
+MOVES_MAX = 5
+"""A block is moved once in a segment's life: more in one read is a mistake of ours, to be told and not followed."""
 INDEX_SYNC_EVERY_S = 5.0
 """The index's log may lag behind its checkpoint by this much; a start scans what was written since."""
 
@@ -67,6 +82,7 @@ class Store:
         segments: Segments,
         appending: AppendLog,
         syncing: Syncing,
+        copier: Copier,
         highest_generation: Generation,
     ) -> None:
         self.volume = volume
@@ -75,15 +91,18 @@ class Store:
         """Of all ids ever stored here and orders obeyed."""
         self.recovered_without_index = False
         """It was scanned whole: then torn records cannot be told from rotten ones, and deleted ones may be back."""
-        self.failed: asyncio.Future[MendfsError] = asyncio.get_running_loop().create_future()
-        """Done when the index failed: the process must end, and its next start finds out what is there."""
+        self.failed: asyncio.Future[EngineFailed] = asyncio.get_running_loop().create_future()
+        """Done when the index takes nothing more: blocks are still read, and what is there is found out by opening the
+        store anew."""
         self._index = index
         self._segments = segments
         self._append = appending
         self._syncing = syncing
         self._putting: dict[Name, _Putting] = {}
         self._tasks: set[asyncio.Task[Incarnation]] = set()
+        self.copier = copier
         self._tending = asyncio.create_task(self._tend_forever(), name="store")
+        self._copying = asyncio.create_task(self._copy_forever(), name="copying")
 
     @property
     def incarnation(self) -> Incarnation:
@@ -102,6 +121,8 @@ class Store:
         Raises BlockCorrupt if the data has not the message's root, BlockConflict if another root is held under its id,
         StoreFull, StoreFailed. `data` must stay unchanged until this returns; after a cancellation for ever.
         """
+        self._refuse_if_failed()
+        self.watch.refuse_if_stuck()
         name = (message.partition, message.block)
         while (putting := self._putting.get(name)) is not None:
             if putting.root != message.root:
@@ -109,7 +130,7 @@ class Store:
             # It may fail, and then it is our turn: so look again.
             await putting.wait()
         self._putting[name] = _Putting(message.root)
-        if len(data) < INLINE_BYTES_MAX:
+        if len(data) < INLINE_BYTES_MAX and self.watch.is_lively:
             return await self._put_guarded(message, data)
         # A task of ours: whoever asked may go away, but the thread that writes does not, and what it wrote must be
         # entered or given up in order.
@@ -146,10 +167,10 @@ class Store:
         segment, offset = await self._append.reserve(header.total_bytes)
         is_written = False
         try:
-            if len(data) < INLINE_BYTES_MAX:
+            if len(data) < INLINE_BYTES_MAX and self.watch.is_lively:
                 _write(segment, offset, header, data)
             else:
-                await self.watch.run(_write, segment, offset, header, data)
+                await self.watch.run_writing(_write, segment, offset, header, data)
             is_written = True
         except OSError as error:
             raise self.watch.disk_error(f"cannot write block {message.block:#x}", error) from None
@@ -158,28 +179,33 @@ class Store:
             if not is_written:
                 segment.settle(offset, is_written=False)
         try:
-            return await self._enter(segment, offset, header, old)
+            return await self._enter(segment, offset, header)
         finally:
             segment.settle(offset, is_written=True)
 
-    async def _enter(self, segment: Segment, offset: int, header: RecordHeader, old: Entry | None) -> Incarnation:
+    async def _enter(self, segment: Segment, offset: int, header: RecordHeader) -> Incarnation:
         """A record was written: enter it into the index."""
         name = (header.partition, header.block)
         if segment.is_failed:
             raise StoreFailed(f"segment {segment.number} could not be synced; block {header.block:#x} was given up")
         entry = Entry(segment.number, offset, header.length, header.inode, header.slot, 0, header.root)
-        await self._index.add(name, entry, old)
+        # What it replaces is what the index says now: it may have been copied elsewhere while this one was written.
+        old = await self._index.add(name, entry)
         segment.written(offset, header.total_bytes, name)
         self.watch.written()
         self.watch.count_in(header.total_bytes)
         self.watch.writes += 1
         self.highest_generation = max(self.highest_generation, generation_of(header.block))
+        if old is not None and old.is_good:
+            self.watch.count_out(self._index.record_bytes(old))
         if old is not None and (behind := self._segments.get(old.segment)) is not None:
             self._syncing.punch_after_sync(behind, old.offset, self._index.record_bytes(old))
         return self.incarnation
 
     async def sync(self) -> Incarnation:
         """Make everything put before durable; counts for blocks put under the incarnation it returns."""
+        self._refuse_if_failed()
+        self.watch.refuse_if_stuck()
         return await self._guarded(self._syncing.sync())
 
     async def put_synced(self, message: PutBlock, data: Buffer) -> Incarnation:
@@ -192,21 +218,25 @@ class Store:
     # Reading
 
     async def get(self, partition: Partition, block: BlockId, first_page: int, page_count: int) -> reading.Pages:
-        """Pages of a block and all its page checksums, unverified. Raises BlockMissing, BlockCorrupt."""
-        entry = await self._guarded(self._index.find(partition, block))
-        segment = None if entry is None else self._segments.get(entry.segment)
-        if entry is None or segment is None:
-            raise BlockMissing(f"block {block:#x} of partition {partition} is not here")
+        """Pages of a block and all its page checksums, unverified. Raises BlockMissing, BlockCorrupt, StoreFailed."""
+        name = (partition, block)
         self.watch.reads += 1
-        wanted = reading.Wanted((partition, block), entry, first_page, page_count)
-        try:
-            return await reading.read_pages(segment, wanted, self.volume, self.watch)
-        except BlockCorrupt as error:
-            if not await self._still_there((partition, block), entry.place):
-                raise BlockMissing(f"block {block:#x} of partition {partition} was deleted") from None
-            self.watch.corrupt_found += 1
-            log.error("block is damaged", partition=partition, block=block, segment=entry.segment, error=str(error))
-            raise
+        for _ in range(MOVES_MAX):
+            entry = await self._guarded(self._index.find(*name))
+            segment = None if entry is None else self._segments.get(entry.segment)
+            if entry is None or segment is None:
+                raise BlockMissing(f"block {block:#x} of partition {partition} is not here")
+            wanted = reading.Wanted(name, entry, first_page, page_count)
+            try:
+                return await reading.read_pages(segment, wanted, self.volume, self.watch)
+            except BlockCorrupt as error:
+                found, damage = entry, error
+            if await self._still_there(name, found.place):
+                self.watch.corrupt_found += 1
+                log.error("block is damaged", partition=partition, block=block, segment=found.segment, why=str(damage))
+                raise damage
+            # Deleted, or copied elsewhere, while it was read: what was read was a hole.
+        raise BlockMissing(f"block {block:#x} of partition {partition} is moved faster than it is read")
 
     async def have(self, names: Sequence[Name]) -> tuple[bytes | None, ...]:
         """The root of each block that is held."""
@@ -218,28 +248,44 @@ class Store:
     ) -> list[HeldBlock]:
         """The blocks after a name, in order. With `verify` each is read: one that is bad is not held any more."""
         found = []
-        for name, entry in await self._guarded(self._index.list_blocks(*after, limit, only=only)):
-            is_ok = entry.is_good and self._segments.get(entry.segment) is not None
+        for name, listed in await self._guarded(self._index.list_blocks(*after, limit, only=only)):
+            entry, is_ok = listed, listed.is_good and self._segments.get(listed.segment) is not None
+            if verify or not is_ok:
+                # While others were read it may have been copied elsewhere, or deleted.
+                now = await self._guarded(self._index.find(*name))
+                if now is None:
+                    continue
+                entry, is_ok = now, now.is_good and self._segments.get(now.segment) is not None
             if is_ok and verify:
                 is_ok = await self._verify(name, entry)
             found.append(HeldBlock(*name, entry.inode, entry.slot, entry.length, entry.root, is_ok))
         return found
 
     async def _verify(self, name: Name, entry: Entry) -> bool:
-        segment = self._segments.get(entry.segment)
-        if segment is None:
-            return False
-        try:
-            await self.watch.run(reading.verify, segment, name, entry, self.volume)
-        except BlockCorrupt as error:
-            if not await self._still_there(name, entry.place):
+        """Whether a block is whole; one that is not does not count as held from then on."""
+        for _ in range(MOVES_MAX):
+            segment = self._segments.get(entry.segment)
+            if segment is None:
+                return False
+            try:
+                await self.watch.run(reading.verify, segment, name, entry, self.volume)
+            except OSError as error:
+                damage = self.watch.read_error(segment.number, error)
+            except BlockCorrupt as error:
+                damage = error
+            else:
                 return True
-            self.watch.corrupt_found += 1
-            log.error("block is damaged", partition=name[0], block=name[1], segment=entry.segment, error=str(error))
-            for bad in await self._guarded(self._index.mark_bad([(name, entry.place)])):
-                self.watch.count_out(self._index.record_bytes(bad))
-            return False
-        return True
+            now = await self._guarded(self._index.find(*name))
+            if now is None:
+                return True  # Deleted: what was read then was a hole, and the list is of a moment before.
+            if now.place == entry.place:
+                self.watch.corrupt_found += 1
+                log.error("block is damaged", partition=name[0], block=name[1], segment=entry.segment, why=str(damage))
+                for bad in await self._guarded(self._index.mark_bad([(name, entry.place)])):
+                    self.watch.count_out(self._index.record_bytes(bad))
+                return False
+            entry = now
+        return False
 
     async def _still_there(self, name: Name, place: Place) -> bool:
         """False if the block was deleted while it was read: what was read then was a hole."""
@@ -254,6 +300,8 @@ class Store:
 
     async def delete(self, order: Fence, names: Sequence[Name]) -> int:
         """Delete blocks; returns how many were held. Raises Fenced if a higher order was obeyed before."""
+        self._refuse_if_failed()
+        self.watch.refuse_if_stuck()
         fence = await self._guarded(self._index.fence())
         if order < fence:
             raise Fenced(
@@ -297,13 +345,25 @@ class Store:
             except OSError as error:
                 self.watch.disk_error("cannot look after the store", error)
 
+    async def _copy_forever(self) -> None:
+        try:
+            await self.copier.run()
+        except EngineFailed as error:
+            self._index_failed(error)
+
     async def _tend(self, *, is_index_due: bool) -> None:
-        await self.watch.run(self.watch.measure_room)
+        await self.watch.run(self._measure)
+        self.watch.occupied = self._segments.occupied
+        self.watch.look_for_room(self.volume.block_size)
         for segment in await self.watch.run(self._segments.vanished):
             await self._guarded(self._lose(segment))
         await self.sync()
         if is_index_due:
             await self._guarded(self._index.engine.sync())
+
+    def _measure(self) -> None:
+        self.watch.measure_room()
+        self._segments.measure()
 
     async def _lose(self, segment: Segment) -> None:
         """A file was deleted under us: what it held is not held any more, but served as long as it is open."""
@@ -319,8 +379,9 @@ class Store:
 
     async def close(self) -> None:
         """Sync and close. What is being put is finished first."""
-        self._tending.cancel()
-        await asyncio.gather(self._tending, *self._tasks, return_exceptions=True)
+        for task in (self._tending, self._copying):
+            task.cancel()
+        await asyncio.gather(self._tending, self._copying, *self._tasks, return_exceptions=True)
         await self._append.close()
         try:
             if not self.failed.done():
@@ -343,11 +404,23 @@ class Store:
         except EngineFailed as error:
             raise self._index_failed(error) from None
 
-    def _index_failed(self, error: EngineFailed) -> StoreFailed:
+    def _refuse_if_failed(self) -> None:
+        if self.failed.done():
+            raise _index_error(self.failed.result())
+
+    def _index_failed(self, error: EngineFailed) -> ReplicaError:
+        """Note it, if it is for good; returns what whoever asked is told."""
+        if isinstance(error, EngineUnreadable) and not isinstance(error, EngineDamaged):
+            return _index_error(error)
         if not self.failed.done():
             self.failed.set_result(error)
-        self.watch.trouble("index", f"{error}; restart this data server")
-        return StoreFailed(str(error))
+        self.watch.trouble("index", f"{error}; nothing is written here until that is over")
+        return _index_error(error)
+
+
+def _index_error(error: EngineFailed) -> ReplicaError:
+    # What a full disk means to a writer does not depend on which of our files needed the room.
+    return StoreFull(str(error)) if isinstance(error, EngineFull) else StoreFailed(str(error))
 
 
 def _conflict(message: PutBlock) -> BlockConflict:

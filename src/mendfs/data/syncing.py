@@ -103,9 +103,10 @@ class Syncing:
         if not segment.is_named and names is not None:
             return names
         try:
-            await self._watch.run(segment.sync)
+            await self._watch.run_writing(segment.sync)
         except OSError as error:
             return error
+        segment.synced()
         return None
 
     async def give_up(self, segment: Segment, taken: list[Written], error: OSError) -> None:
@@ -149,7 +150,8 @@ def _punch_all(spans: list[Span]) -> None:
             merged.pop()
         merged.append((segment, offset, length))
     for segment, offset, length in merged:
-        segment.file.punch(offset, length)
+        if not segment.is_gone:
+            segment.punch(offset, length)
 
 
 def draw_incarnation(rng: random.Random) -> Incarnation:

@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
-from mendfs.errors import ReplicaError, StoreFailed, StoreFull
+from mendfs.errors import BlockCorrupt, ReplicaError, StoreFailed, StoreFull
 from mendfs.model import StoreHealth
 from mendfs.world.disk import Disk
 
@@ -15,6 +15,16 @@ log = structlog.get_logger("data")
 
 FULL_PERCENT = 95
 """Above this puts are refused: the index, deletes and mending need room to work."""
+
+STUCK_S = 3.0
+"""A disk operation unfinished for so long: whoever asks is told so at once instead of queueing behind it. The meta
+server takes this server for down at the same age."""
+LIVELY_S = 2.0
+"""A write that ended this long ago still says that the next one will not hang: dirty stores sync once a second."""
+SLOW_S = 0.25
+"""An operation unfinished for so long says that it may."""
+COPIES_ROOM_PERCENT = 1
+"""Of the disk, left when records are copied to give space back: the index needs some to say where they are."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -39,8 +49,12 @@ class Watch:
         self._last_operation = 0
         self._troubles: dict[str, str] = {}
         self._free = self._total = 0
+        self._wrote_s = float("-inf")
         self.blocks = 0
         self.record_bytes = 0
+        """Of the blocks that are held."""
+        self.occupied = 0
+        """Bytes that the segments take on the disk, with what is deleted and not yet given back."""
         self.reads = 0
         self.writes = 0
         self.mended = 0
@@ -63,6 +77,25 @@ class Watch:
         # By the thread's end, not the caller's: one who waits no more does not make the disk any quicker.
         work.add_done_callback(ended)
         return await asyncio.shield(work)
+
+    async def run_writing(
+        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """As `run`, for what really goes to the disk: that it ended well says that the disk answers."""
+        result = await self.run(function, *args, **kwargs)
+        self._wrote_s = asyncio.get_running_loop().time()
+        return result
+
+    @property
+    def is_lively(self) -> bool:
+        """Whether a small write may be made in the event loop: the disk has just answered, and owes no answer."""
+        return self.oldest_operation_s < SLOW_S and asyncio.get_running_loop().time() - self._wrote_s < LIVELY_S
+
+    def refuse_if_stuck(self) -> None:
+        """Raise StoreFailed if the disk does not answer."""
+        age_s = self.oldest_operation_s
+        if age_s > STUCK_S:
+            raise StoreFailed(f"the disk of {self._folder} has not answered for {age_s:.0f} s")
 
     def count_in(self, record_bytes: int) -> None:
         """A block more."""
@@ -102,34 +135,50 @@ class Watch:
         """The error that a writer is told, noted in health too."""
         code = error.errno or errno.EIO
         if code in _FULL:
-            self.trouble("full", f"no room on the disk of {self._folder}: delete files or add servers")
+            self.trouble("full", f"{self._folder}: no room on its disk: delete files or add servers")
             return StoreFull(f"{what}: no room on the disk of {self._folder}")
         remedy = _REMEDIES.get(code, "see the kernel's log")
         self.trouble("disk", f"{what} in {self._folder}: {error.strerror or error}; {remedy}")
         return StoreFailed(f"{what}: {error.strerror or error}; {remedy}")
+
+    def read_error(self, segment: int, error: OSError) -> BlockCorrupt:
+        """What a reader is told when the disk cannot read. Health says it until the segment is gone."""
+        remedy = _REMEDIES.get(error.errno or errno.EIO, "see the kernel's log")
+        text = f"segment {segment} cannot be read: {error.strerror or error}"
+        self.trouble(f"read {segment}", f"{text}; {remedy}")
+        return BlockCorrupt(text)
 
     def measure_room(self) -> None:
         """Ask the file system. Blocks, but no longer than a look at the superblock."""
         self._free = self._disk.free_bytes(self._folder)
         self._total = self._disk.total_bytes(self._folder)
 
-    def reserve(self, length: int) -> None:
+    def look_for_room(self, length: int) -> None:
+        """If the store was full and there is room for a block of `length` bytes again, health says so no more."""
+        if "full" in self._troubles and self._has_room(length, is_copy=False):
+            self.relieve("full")
+
+    def reserve(self, length: int, *, is_copy: bool = False) -> None:
         """Raise StoreFull if `length` more bytes would fill the disk, or the capacity, over FULL_PERCENT."""
-        if not self._has_room(length):
+        if not self._has_room(length, is_copy=is_copy):
             # The estimate only ever falls: what others freed is seen by asking again before anybody is refused.
             try:
                 self.measure_room()
             except OSError as error:
                 raise self.disk_error("cannot see how much room there is", error) from None
-            if not self._has_room(length):
+            if not self._has_room(length, is_copy=is_copy):
                 text = f"over {FULL_PERCENT} % of its room is used"
-                self.trouble("full", f"{self._folder}: {text}; no new blocks are taken")
+                self.trouble("full", f"{self._folder}: {text}; no new blocks are taken: delete files or add servers")
                 raise StoreFull(f"the store in {self._folder} is full: {text}")
-            self.relieve("full")
+            if not is_copy:
+                self.relieve("full")
         self._free -= length
+        self.occupied += length
 
-    def _has_room(self, length: int) -> bool:
-        if self._capacity and (self.record_bytes + length) * 100 > self._capacity * FULL_PERCENT:
+    def _has_room(self, length: int, *, is_copy: bool) -> bool:
+        if is_copy:
+            return (self._free - length) * 100 >= self._total * COPIES_ROOM_PERCENT
+        if self._capacity and (self.occupied + length) * 100 > self._capacity * FULL_PERCENT:
             return False
         return (self._free - length) * 100 >= self._total * (100 - FULL_PERCENT)
 
@@ -138,14 +187,14 @@ class Watch:
         """What may still be written, by the last measurement."""
         free = self._free - self._total * (100 - FULL_PERCENT) // 100
         if self._capacity:
-            free = min(free, self._capacity * FULL_PERCENT // 100 - self.record_bytes)
+            free = min(free, self._capacity * FULL_PERCENT // 100 - self.occupied)
         return max(0, free)
 
     def health(self) -> StoreHealth:
         """What a heartbeat carries. Touches no disk."""
         return StoreHealth(
             blocks=self.blocks,
-            bytes_used=self.record_bytes,
+            bytes_used=self.occupied,
             bytes_free=self.bytes_free,
             reads=self.reads,
             writes=self.writes,

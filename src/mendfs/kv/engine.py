@@ -55,12 +55,21 @@ class Engine(Protocol):
         ...
 
     @property
+    def failure(self) -> str:
+        """Why nothing more is accepted; empty as long as all is well."""
+        ...
+
+    @property
     def synced_sequence(self) -> CommitSequence:
         """Everything up to this commit survives a power cut."""
         ...
 
     def begin(self) -> Transaction:
         """A new transaction."""
+        ...
+
+    def begin_reading(self) -> Transaction:
+        """A transaction that only reads; as long as the engine is not closed, also after it failed."""
         ...
 
     async def commit(self, transaction: Transaction) -> CommitSequence:

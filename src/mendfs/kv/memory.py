@@ -6,13 +6,14 @@ the body: `>Q` sequence and per key `>BII` (1 put, 0 delete), lengths of key and
 compacted: whoever needs that wants `kv.rocks`.
 """
 
+import errno
 import posixpath
 import struct
 from bisect import bisect_left
 
 from xxhash import xxh3_64_intdigest
 
-from mendfs.errors import EngineFailed, StoreDamaged
+from mendfs.errors import EngineFailed, EngineFull, StoreDamaged
 from mendfs.kv.engine import BYTES_MAX, KEYS_MAX
 from mendfs.kv.optimistic import OptimisticEngine, Pairs, Writes
 from mendfs.world.disk import Disk, File
@@ -79,7 +80,8 @@ class MemoryEngine(OptimisticEngine):
             try:
                 self._file.write((frame, body), self._end)
             except OSError as error:
-                raise EngineFailed(f"the log {self._path} cannot be written: {error.strerror or error}") from None
+                kind = EngineFull if error.errno == errno.ENOSPC else EngineFailed
+                raise kind(f"the log {self._path} cannot be written: {error.strerror or error}") from None
             self._end += len(frame) + len(body)
         self._apply(writes)
 

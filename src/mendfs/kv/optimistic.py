@@ -163,10 +163,19 @@ class OptimisticEngine(ABC):
         """Everything up to this commit survives a power cut."""
         return CommitSequence(self._synced)
 
+    @property
+    def failure(self) -> str:
+        """Why nothing more is accepted; empty as long as all is well."""
+        return self._failure
+
     def begin(self) -> OptimisticTransaction:
         """A new transaction."""
         if self._failure:
             raise EngineFailed(self._failure)
+        return OptimisticTransaction(self)
+
+    def begin_reading(self) -> OptimisticTransaction:
+        """A transaction that only reads: what was committed before a failure can still be read."""
         return OptimisticTransaction(self)
 
     async def commit(self, transaction: Transaction) -> CommitSequence:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rocksdict import BlockBasedOptions, Cache, DBRecoveryMode, Options, Rdict, ReadOptions, WriteBatch, WriteOptions
 
-from mendfs.errors import EngineFailed, EngineUnreadable, MendfsError
+from mendfs.errors import EngineDamaged, EngineFailed, EngineFull, EngineUnreadable, MendfsError
 from mendfs.kv import rocks_files
 from mendfs.kv.optimistic import SEQUENCE_KEY, OptimisticEngine, Pairs, Writes
 from mendfs.kv.rocks_files import SEQUENCE, Mark
@@ -131,11 +131,14 @@ class RocksEngine(OptimisticEngine):
             raise self._failed("cannot be synced", error) from None
 
     def _failed(self, what: str, error: Exception) -> EngineFailed:
-        return EngineFailed(f"the database in {self._path} {what}: {rocks_files.remedy(rocks_files.one_line(error))}")
+        text = rocks_files.one_line(error)
+        kind = EngineFull if rocks_files.is_full(text) else EngineFailed
+        return kind(f"the database in {self._path} {what}: {rocks_files.remedy(text)}")
 
     def _unreadable(self, error: Exception) -> EngineUnreadable:
-        text = rocks_files.remedy(rocks_files.one_line(error))
-        return EngineUnreadable(f"the database in {self._path} cannot be read: {text}")
+        text = rocks_files.one_line(error)
+        kind = EngineDamaged if rocks_files.is_damage(text) else EngineUnreadable
+        return kind(f"the database in {self._path} cannot be read: {rocks_files.remedy(text)}")
 
 
 def _options(cache_bytes: int, write_buffer_bytes: int) -> Options:

@@ -18,7 +18,7 @@ import structlog
 from rocksdict import AccessType, Options, Rdict
 from xxhash import xxh3_64_intdigest
 
-from mendfs.errors import EngineFailed, StoreDamaged, UsageError
+from mendfs.errors import EngineFailed, EngineFull, StoreDamaged, UsageError
 from mendfs.kv.optimistic import SEQUENCE_KEY
 
 log = structlog.get_logger("kv")
@@ -71,6 +71,16 @@ def remedy(text: str) -> str:
     return text
 
 
+def is_damage(text: str) -> bool:
+    """Whether RocksDB speaks of contents, not the system of a file."""
+    return any(said in text for said in _DAMAGE) and not any(said in text for said, _ in REMEDIES)
+
+
+def is_full(text: str) -> bool:
+    """Whether the system said that there is no room."""
+    return "No space left" in text or "Disk quota exceeded" in text
+
+
 def cannot_open(path: str, error: Exception) -> EngineFailed | StoreDamaged | UsageError:
     """Why the database does not open, as what the caller can do about it."""
     text = one_line(error)
@@ -78,8 +88,9 @@ def cannot_open(path: str, error: Exception) -> EngineFailed | StoreDamaged | Us
         text = os.strerror(error.errno)
     if "lock hold by" in text or "While lock file" in text:
         return _in_use(path)
-    if any(said in text for said, _ in REMEDIES) or not any(said in text for said in _DAMAGE):
-        return EngineFailed(f"the database in {path} does not open: {remedy(text)}")
+    if not is_damage(text):
+        kind = EngineFull if is_full(text) else EngineFailed
+        return kind(f"the database in {path} does not open: {remedy(text)}")
     return damaged(path, f"does not open ({text})")
 
 

@@ -111,12 +111,13 @@ class Members:
         return Decision(publish=True, raise_epoch=came_back)
 
     def heard(self, number: ServerNumber, beat: messages.Heartbeat, at_s: float) -> Decision:
-        """A heartbeat. One that tells of a stuck disk keeps the clock running."""
+        """A heartbeat. One that tells of a stuck disk is as good as none for as long: down at once."""
         member = self._members[number]
         renewed = member.incarnation != beat.incarnation
         member.health, member.incarnation = beat.health, beat.incarnation
         if beat.health.oldest_disk_operation_s > DISK_STUCK_S:
-            return Decision(publish=renewed)
+            fell, member.down = not member.down, True
+            return Decision(publish=renewed or fell, raise_epoch=fell)
         came_back = member.down
         member.heard_s, member.down = at_s, False
         return Decision(publish=came_back or renewed, raise_epoch=came_back)

@@ -1,0 +1,175 @@
+"""Segment files and their descriptors: few of many files are open, and none is closed while somebody uses it.
+
+A store of 64 TiB has a quarter of a million segments, and a process may have a few thousand descriptors. A file
+that is closed here is opened again by whoever needs it next. Two things forbid closing one: a call under way (its
+descriptor's number could become another file's), and unsynced writes (an error of theirs is told to the descriptor
+that made them). Calls come from the event loop and from the disk's threads.
+"""
+
+import errno
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from mendfs.world.disk import Buffer, Disk, File
+
+_NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
+OPEN_MIN = 8
+"""Files kept open even when descriptors are short: the active segment, one being copied, those being read."""
+
+
+class OpenFiles:
+    """The descriptors of one store's segment files: `most` of them, the longest unused closed first."""
+
+    def __init__(self, disk: Disk, most: int) -> None:
+        self.disk = disk
+        self.lock = threading.Lock()
+        self._most = max(OPEN_MIN, most)
+        self._open: OrderedDict[SegmentFile, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, path: str, *, create: bool = False) -> "SegmentFile":
+        """Open a file; with `create` it must not exist yet. Blocks."""
+        file = SegmentFile(self, path)
+        with self.lock:
+            file.descriptor = self.acquire(path, create=create)
+            self.used(file)
+        return file
+
+    def acquire(self, path: str, *, create: bool = False) -> File:
+        """A descriptor; called with the lock held. If there are none left, those that nobody uses are given up."""
+        try:
+            return self.disk.open(path, create=create)
+        except OSError as error:
+            if error.errno not in _NO_DESCRIPTORS or not self._shrink(OPEN_MIN):
+                raise
+        return self.disk.open(path, create=create)
+
+    def used(self, file: "SegmentFile") -> None:
+        """It is the last one to be closed now; called with the lock held."""
+        self._open[file] = None
+        self._open.move_to_end(file)
+        if len(self._open) > self._most:
+            self._shrink(self._most)
+
+    def forget(self, file: "SegmentFile") -> None:
+        """It was closed; called with the lock held."""
+        self._open.pop(file, None)
+
+    def _shrink(self, most: int) -> bool:
+        """Close unused files until `most` are left; whether any was closed."""
+        idle = [file for file in self._open if file.is_idle][: max(0, len(self._open) - most)]
+        for file in idle:
+            file.let_go()
+        return bool(idle)
+
+
+class SegmentFile:
+    """A `File` that is opened when it is needed."""
+
+    def __init__(self, files: OpenFiles, path: str) -> None:
+        self.path = path
+        self.descriptor: File | None = None
+        self.is_pinned = False
+        """It has writes that no sync covers: it stays open."""
+        self._files = files
+        self._users = 0
+        self._is_closed = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether using it costs no opening."""
+        return self.descriptor is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it may be closed for a while."""
+        return not self._users and not self.is_pinned
+
+    def let_go(self) -> None:
+        """Close the descriptor; called with the lock held and nobody using it."""
+        descriptor, self.descriptor = self.descriptor, None
+        self._files.forget(self)
+        if descriptor is not None:
+            descriptor.close()
+
+    @contextmanager
+    def _use(self) -> Iterator[File]:
+        with self._files.lock:
+            if self._is_closed:
+                raise OSError(errno.EBADF, "the segment file was closed", self.path)
+            if self.descriptor is None:
+                self.descriptor = self._files.acquire(self.path)
+            self._users += 1
+            self._files.used(self)
+            descriptor = self.descriptor
+        try:
+            yield descriptor
+        finally:
+            with self._files.lock:
+                self._users -= 1
+                if self._is_closed and not self._users:
+                    self.let_go()
+
+    def read_into(self, buffer: memoryview | bytearray, offset: int) -> int:
+        """See `world.disk.File`."""
+        with self._use() as file:
+            return file.read_into(buffer, offset)
+
+    def read_cached_into(self, buffer: memoryview | bytearray, offset: int) -> bool:
+        """See `world.disk.File`. What is not open would have to be opened first, which waits."""
+        if self.descriptor is None:
+            return False
+        with self._use() as file:
+            return file.read_cached_into(buffer, offset)
+
+    def write(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """See `world.disk.File`."""
+        self.is_pinned = True
+        with self._use() as file:
+            file.write(buffers, offset)
+
+    def datasync(self) -> None:
+        """See `world.disk.File`."""
+        with self._use() as file:
+            file.datasync()
+
+    def truncate(self, length: int) -> None:
+        """See `world.disk.File`."""
+        with self._use() as file:
+            file.truncate(length)
+
+    def punch(self, offset: int, length: int) -> None:
+        """See `world.disk.File`."""
+        with self._use() as file:
+            file.punch(offset, length)
+
+    def forget_cached(self, offset: int, length: int) -> None:
+        """See `world.disk.File`."""
+        with self._use() as file:
+            file.forget_cached(offset, length)
+
+    def size(self) -> int:
+        """See `world.disk.File`."""
+        with self._use() as file:
+            return file.size()
+
+    def allocated(self) -> int:
+        """See `world.disk.File`."""
+        with self._use() as file:
+            return file.allocated()
+
+    def is_linked(self) -> bool:
+        """See `world.disk.File`."""
+        with self._use() as file:
+            return file.is_linked()
+
+    def close(self) -> None:
+        """Close it for good, as soon as nobody uses it."""
+        with self._files.lock:
+            self._is_closed = True
+            if not self._users:
+                self.let_go()
