@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"data", "meta", "client"},
     {"fuse"},
     {"cluster"},
+    {"sim"},
     {"cli"},
 ]
 """Lowest first. A package imports itself and earlier layers; packages of one layer never import each other."""
