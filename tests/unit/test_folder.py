@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mendfs.cluster.folder import ChildRecord, ClusterFolder, ClusterRecord, StopWish, read_secret
+from mendfs.cluster.launch import check_ports
 from mendfs.cluster.parameters import VolumeWishes, check_same, new_volume
 from mendfs.errors import StoreDamaged, UsageError
 from mendfs.model import MiB, Volume
@@ -114,6 +115,35 @@ def test_blocks_of_eight_bytes_have_pages_of_eight_bytes() -> None:
     assert (volume(block_size=8).block_size, volume(block_size=8).page_size) == (8, 8)
 
 
+@pytest.mark.parametrize(
+    ("block_size", "page_size"),
+    [
+        (8, 8),
+        (3000, 3000),
+        (16384, 16384),
+        (20000, 10000),
+        (65536, 16384),
+        (1000, 1000),
+        (16 * MiB, 16384),
+        (99990, 11110),
+    ],
+)
+def test_pages_divide_blocks_of_any_size_without_being_told(block_size: int, page_size: int) -> None:
+    assert volume(block_size=block_size).page_size == page_size
+
+
+@pytest.mark.parametrize(("servers", "replicas"), [(1, 1), (2, 2), (3, 3), (32, 3)])
+def test_there_are_three_replicas_or_as_many_as_servers(servers: int, replicas: int) -> None:
+    assert volume(servers=servers).replicas == replicas
+
+
+@pytest.mark.parametrize("base_port", [65533, 70000])
+def test_ports_past_the_last_one_are_refused(base_port: int) -> None:
+    check_ports(65531, 5)
+    with pytest.raises(UsageError, match=f"--base-port {base_port} is too high.*choose 65531 or lower"):
+        check_ports(base_port, 5)
+
+
 @pytest.mark.seed("B1")
 def test_pairs_have_two_replicas_without_being_told() -> None:
     assert volume(layout="pairs").replicas == 2
@@ -122,7 +152,15 @@ def test_pairs_have_two_replicas_without_being_told() -> None:
 @pytest.mark.parametrize(
     ("wishes", "complaint"),
     [
-        ({"servers": 2}, "3 replicas need at least 3 servers"),
+        ({"servers": 2, "replicas": 3}, "3 replicas need at least 3 servers"),
+        ({"replicas": 0}, "--replicas 0 .* from 1 to 16"),
+        ({"servers": 20, "replicas": 17}, "--replicas 17"),
+        ({"block_size": 8, "page_size": 16384}, "--page-size 16KiB .* from 1 to 8"),
+        ({"block_size": 16 * MiB, "page_size": 512}, "--page-size 512 is too small .* at least 1KiB"),
+        ({"block_size": 1000003}, "--page-size 1 is too small for blocks of 1000003"),
+        ({"partitions": 1 << 17}, "--partitions 131072 .* from 1 to 65536"),
+        ({"servers": 2, "write_quorum": 3}, "--write-quorum 3 .* from 1 to 2"),
+        ({"layout": "pairs", "replicas": 3}, "needs --replicas 2"),
         ({"servers": 0}, "--servers 0"),
         ({"block_size": 4}, "--block-size 4 .* from 8 to 16MiB"),
         ({"block_size": 32 * MiB}, "--block-size 32MiB"),
@@ -146,6 +184,12 @@ def test_impossible_parameters_are_refused_with_what_is_possible(wishes: dict[st
         (VolumeWishes(replicas=2), "--replicas 2 was asked for, .* formatted with --replicas 3"),
         (VolumeWishes(block_size=8 * MiB), "--block-size 8MiB was asked for, .* --block-size 4MiB"),
         (VolumeWishes(layout="spread"), "--layout spread .* --layout ring"),
+        (VolumeWishes(servers=5), "--servers 5 .* --servers 4"),
+        (VolumeWishes(page_size=4096), "--page-size 4KiB .* --page-size 16KiB"),
+        (VolumeWishes(partitions=2048), "--partitions 2048 .* --partitions 1024"),
+        (VolumeWishes(checksum="blake3"), "--checksum blake3 .* --checksum xxh3"),
+        (VolumeWishes(write_quorum=1), "--write-quorum 1 .* --write-quorum 2"),
+        (VolumeWishes(read_quorum=2), "--read-quorum 2 .* --read-quorum 1"),
     ],
 )
 def test_other_parameters_than_the_volumes_are_named_with_both_values(wishes: VolumeWishes, complaint: str) -> None:

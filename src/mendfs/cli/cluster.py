@@ -10,7 +10,7 @@ from mendfs.errors import MendfsError, UsageError
 from mendfs.model import ChecksumKind, Layout
 
 Servers = Annotated[int | None, typer.Option("--servers", help="Data servers [default: 4].", show_default=False)]
-Replicas = Annotated[int | None, typer.Option("--replicas", help="Copies of each block [default: 3].")]
+Replicas = Annotated[int | None, typer.Option("--replicas", help="Copies of each block [default: 3 or all servers].")]
 BlockSize = Annotated[str, typer.Option("--block-size", metavar="SIZE", help="8 to 16MiB [default: 4MiB].")]
 PageSize = Annotated[str, typer.Option("--page-size", metavar="SIZE", help="Unit of a checksum [default: 16KiB].")]
 Partitions = Annotated[

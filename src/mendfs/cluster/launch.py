@@ -24,6 +24,7 @@ PORTS_FROM, PORTS_TO = 20000, 32000
 """Ports nobody has reserved, below those that the system gives to outgoing connections (from 32768 on), one of which
 could else have ours when a server is started again."""
 PORT_TRIES = 100
+PORT_MAX = 65535
 
 
 async def prepare(
@@ -57,10 +58,23 @@ async def prepare(
 def check_wishes(folder: ClusterFolder, options: SupervisorChild) -> None:
     """What can be refused before a folder is made for it. Raises UsageError."""
     record = folder.read()
+    volume = None
     if record is not None:
-        check_same(options.wishes, record.volume, where=folder.path)
+        volume = record.volume
+        check_same(options.wishes, volume, where=folder.path)
     elif not folder.holds_store():
-        new_volume(options.wishes, volume_id="", now_ns=0)
+        volume = new_volume(options.wishes, volume_id="", now_ns=0)
+    if volume is not None and options.base_port is not None:
+        check_ports(options.base_port, 1 + volume.server_count)
+
+
+def check_ports(base_port: int, count: int) -> None:
+    """Raise UsageError if there are not so many ports from there on."""
+    if base_port + count - 1 > PORT_MAX:
+        raise UsageError(
+            f"--base-port {base_port} is too high: {count} ports are needed, and the last there is is {PORT_MAX}; "
+            f"choose {PORT_MAX + 1 - count} or lower"
+        )
 
 
 def _volume(world: World, folder: ClusterFolder, known: Volume | None, options: SupervisorChild) -> Volume:
@@ -102,6 +116,7 @@ async def _base_port(world: World, record: ClusterRecord | None, options: Superv
     """Explicit, or that of the last time: then they must be free. Else some range that is."""
     chosen = options.base_port if options.base_port is not None else record.base_port if record is not None else None
     if chosen is not None:
+        check_ports(chosen, count)
         busy = await _busy_port(world.network, chosen, count)
         if busy is not None:
             raise UsageError(

@@ -28,6 +28,8 @@ PAGES_PER_BLOCK_MAX = 16384
 PAGE_SIZE_DEFAULT = 16 * KiB
 """A 4 KiB read verifies 16 KiB (2 us); smaller pages make a 4 MiB block carry more than 2 KiB of checksums."""
 BLOCK_SIZE_DEFAULT = 4 * MiB
+REPLICAS_DEFAULT = 3
+"""Or as many as there are servers, if they are fewer."""
 
 
 class VolumeWishes(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,14 +60,14 @@ def new_volume(wishes: VolumeWishes, *, volume_id: str, now_ns: int) -> Volume:
     """The volume that is asked for. Raises UsageError if there can be none."""
     layout: Layout = wishes.layout or "ring"
     servers = _said(wishes.servers, 4)
-    replicas = _said(wishes.replicas, 2 if layout == "pairs" else 3)
+    replicas = _said(wishes.replicas, 2 if layout == "pairs" else max(1, min(REPLICAS_DEFAULT, servers)))
     block_size = _said(wishes.block_size, BLOCK_SIZE_DEFAULT)
     _within("servers", servers, 1, SERVERS_MAX)
     _within("replicas", replicas, 1, REPLICAS_MAX)
     _within("block-size", block_size, BLOCK_SIZE_MIN, BLOCK_SIZE_MAX)
     partitions = _said(wishes.partitions, placement.default_partitions(servers))
     _within("partitions", partitions, 1, PARTITIONS_MAX)
-    page_size = _said(wishes.page_size, min(PAGE_SIZE_DEFAULT, block_size))
+    page_size = _said(wishes.page_size, default_page_size(block_size))
     _check_page_size(page_size, block_size)
     write_quorum = _said(wishes.write_quorum, replicas // 2 + 1)
     read_quorum = _said(wishes.read_quorum, 1)
@@ -85,6 +87,12 @@ def new_volume(wishes: VolumeWishes, *, volume_id: str, now_ns: int) -> Volume:
         server_count=servers,
         created_ns=now_ns,
     )
+
+
+def default_page_size(block_size: int) -> int:
+    """The largest divisor of the block size that is no more than PAGE_SIZE_DEFAULT; any block size has one."""
+    most = min(PAGE_SIZE_DEFAULT, block_size)
+    return next(page for page in range(most, 0, -1) if block_size % page == 0)
 
 
 def _check_page_size(page_size: int, block_size: int) -> None:
