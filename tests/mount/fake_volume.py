@@ -200,6 +200,9 @@ class FakeVolume:
         self.is_closed = True
         return ()
 
+    async def sync_committed(self) -> None:
+        self.calls.append(("sync_committed", ROOT_INODE))
+
     async def sync(self) -> None:
         self.calls.append(("sync", ROOT_INODE))
 

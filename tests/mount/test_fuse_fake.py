@@ -58,7 +58,7 @@ def test_fsync_reaches_the_volume(fake: Mounted) -> None:
     with opened(fake.path, os.O_RDONLY | os.O_DIRECTORY) as fd:
         os.fsync(fd)
     assert fake.volume.calls.count(("fsync", inode)) == 2
-    assert ("sync", ROOT_INODE) in fake.volume.calls
+    assert ("sync_committed", ROOT_INODE) in fake.volume.calls
 
 
 def test_close_tells_what_went_wrong(fake: Mounted) -> None:

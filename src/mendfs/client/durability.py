@@ -87,8 +87,9 @@ class Durability:
 
     async def sync_all(self) -> None:
         """Everything this client has committed, and the log."""
+        changed = self.newest_change
         await self.sync_everything_committed()
-        await self.sync_log()
+        await self.sync_log_to(changed)
         error, self._lost = self._lost, None
         if error is not None:
             raise error

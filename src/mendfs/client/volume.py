@@ -306,6 +306,14 @@ class Volume:
             space=self._space,
         )
 
+    async def sync_committed(self) -> None:
+        """Every change of names is durable afterwards, and the data of every commit, which the log speaks of.
+
+        For fsync of a directory. It says nothing of files, so what is not flushed is not flushed now: programs that
+        sync a directory after each file would else wait for what all others are just writing.
+        """
+        await self._durability.sync_all()
+
     async def sync(self) -> None:
         """Everything written so far is durable afterwards, as after syncfs(2)."""
         await self._writer.flush_everything()

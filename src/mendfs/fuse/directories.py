@@ -158,7 +158,7 @@ class Directories:
 
     async def fsync(self, header: Header, request: Fsync) -> bytes:
         """A name is durable when the metadata log is, and a log must not be durable before the data it speaks of."""
-        await self._volume.sync()
+        await self._volume.sync_committed()
         return b""
 
     async def read(self, header: Header, request: Read) -> bytes:

@@ -160,6 +160,10 @@ class ServedVolume(Protocol):
         """After `make(open=True)`."""
         ...
 
+    async def sync_committed(self) -> None:
+        """Names, and the data that is committed, durable. Writes that nobody has flushed are left to their timer."""
+        ...
+
     async def sync(self) -> None:
         """Everything durable."""
         ...
