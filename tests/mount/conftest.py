@@ -5,6 +5,7 @@ Not with mmap, though: a page fault keeps the GIL, which the thread that would a
 
 import asyncio
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import uvloop
 from mendfs.fuse import device
 from mendfs.fuse.server import Mount, MountOptions, serve_mount
 from tests.mount.fake_volume import FakeVolume
+from tests.mount.programs import PACKAGES, Place
 from tests.real_cluster import RealCluster
 
 Result = TypeVar("Result")
@@ -138,3 +140,40 @@ def tree(request: pytest.FixtureRequest) -> Tree:
     path = request.getfixturevalue("real").mnt / request.node.originalname
     path.mkdir()
     return Tree(path)
+
+
+@pytest.fixture(scope="module")
+def program_cluster() -> Iterator[RealCluster]:
+    """A cluster of three data servers for the programs of one module."""
+    # Not in pytest's folder, where ordinary users reach nothing: every start of pytest takes their rights away again.
+    path = Path(tempfile.mkdtemp(prefix="mendfs-programs-"))
+    path.chmod(0o755)
+    cluster = RealCluster(path)
+    try:
+        cluster.up("--servers", 3, "--replicas", 2)
+        yield cluster
+        assert cluster.server_states() == ["up"] * 3
+    finally:
+        cluster.clean_up()
+        assert not any(entry.mountpoint.startswith(str(path)) for entry in device.mount_entries())
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, program_cluster: RealCluster) -> Iterator[Place]:
+    """A directory on the mount for one test, of root or of the user that `indirect` parameters name."""
+    user: str = getattr(request, "param", "root")
+    # Short: the path of a Unix socket in it may have 107 bytes.
+    name = f"place-{len(os.listdir(program_cluster.mnt))}"
+    made = Place(program_cluster, program_cluster.mnt / name, program_cluster.path / name, user)
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        pytest.skip(f"there is no user {user}: apt-get install {PACKAGES.get(user, user)}")
+    for folder in (made.path, made.local):
+        folder.mkdir()
+        os.chown(folder, *made.owner)
+    try:
+        yield made
+    finally:
+        made.end()
