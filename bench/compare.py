@@ -41,7 +41,8 @@ METRICS = {
 class Cluster:
     """A mendfs cluster with the defaults, mounted."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, *options: str) -> None:
+        self._options = options
         self.dir = base / "cluster"
         self.root = base / "mnt"
         self.root.mkdir()
@@ -53,7 +54,7 @@ class Cluster:
 
     def up(self) -> None:
         """Start and mount it."""
-        self.mendfs("up", "--detach", "--mount", str(self.root))
+        self.mendfs("up", "--detach", "--mount", str(self.root), *self._options)
 
     def down(self) -> None:
         """Stop it."""

@@ -158,7 +158,9 @@ class Conflict(MendfsError):
 
 
 class TooBig(MendfsError):
-    """A transaction is over 100 keys or 1 MiB: our own mistake, never retried."""
+    """A transaction is over 100 keys or 1 MiB, or a slot would be in too many pieces: ask for less, or merge first."""
+
+    errno = errno_codes.EFBIG
 
     code = "too_big"
 

@@ -6,6 +6,7 @@ the name says otherwise.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -56,16 +57,37 @@ def punch(extents: Sequence[Extent], begin: int, end: int) -> tuple[Extent, ...]
 
 def overlay(older: Sequence[Extent], newer: Iterable[Extent]) -> tuple[Extent, ...]:
     """`newer`, one after the other, over `older`."""
+    over = list(newer)
+    if all(before.end_in_slot <= after.offset_in_slot for before, after in pairwise(over)):
+        return tuple(_laid(older, over))
     result = list(older)
-    for extent in newer:
-        if result and extent.offset_in_slot < result[-1].end_in_slot:
-            result = list(punch(result, extent.offset_in_slot, extent.end_in_slot))
-        # Found by position, not by sorting: writers mostly append.
-        at = len(result)
-        while at > 0 and result[at - 1].offset_in_slot > extent.offset_in_slot:
-            at -= 1
-        result.insert(at, extent)
+    for extent in over:
+        result = _laid(result, [extent])
     return tuple(result)
+
+
+def _laid(older: Sequence[Extent], newer: Sequence[Extent]) -> list[Extent]:
+    """One pass over both, each sorted and disjoint: a random writer lays a hundred extents over a thousand at once."""
+    result: list[Extent] = []
+    number = 0
+    for extent in older:
+        begin, end = extent.offset_in_slot, extent.end_in_slot
+        while number < len(newer) and newer[number].offset_in_slot < end:
+            over = newer[number]
+            if over.end_in_slot > begin:
+                before = part_of(extent, begin, over.offset_in_slot)
+                if before is not None:
+                    result.append(before)
+                begin = over.end_in_slot
+                if begin > end:
+                    break  # it reaches over this extent: what comes next is looked at before it is laid
+            result.append(over)
+            number += 1
+        rest = extent if begin == extent.offset_in_slot else part_of(extent, begin, end)
+        if rest is not None:
+            result.append(rest)
+    result.extend(newer[number:])
+    return result
 
 
 def add_cut(cuts: Sequence[Cut], *, number: int, size: int) -> tuple[Cut, ...]:

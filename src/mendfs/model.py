@@ -69,6 +69,14 @@ class Extent(msgspec.Struct, frozen=True, array_like=True):
         return self.offset_in_slot + self.length
 
 
+class Seen(msgspec.Struct, frozen=True, array_like=True):
+    """What a merge found in a range of a slot: the block that was shown there, 0 for a hole."""
+
+    offset_in_slot: int
+    length: int
+    block: BlockId
+
+
 class Cut(msgspec.Struct, frozen=True, array_like=True):
     """A truncation: extents with a lower cut number hold nothing at or past `size` bytes of the file."""
 

@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
     {"model"},
     {"errors"},
     {"blocks", "extents", "placement"},
+    {"merging"},
     {"world"},
     {"wire", "kv"},
     {"transfer"},

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import stat
 from collections.abc import Mapping
+from typing import get_args
 
 import pytest
 
@@ -13,8 +14,9 @@ from mendfs.kv.memory import MemoryEngine
 from mendfs.kv.optimistic import Pairs
 from mendfs.meta import background, members
 from mendfs.meta.room import BUFFER_MAX, BUFFER_MIN, Room, write_buffer_bytes
+from mendfs.meta.server import ROOM_NEEDED
 from mendfs.model import GiB, Inode, MiB
-from mendfs.wire.messages.meta import GetStatus, StatusReport
+from mendfs.wire.messages.meta import GetStatus, MetaMessage, StatusReport
 from mendfs.world.stalls import StallWatch
 from tests.unit.client_tools import cluster, contents, until, write_file
 
@@ -166,3 +168,9 @@ async def test_a_loop_that_stands_still_is_told_while_it_does(capfd: pytest.Capt
     said = capfd.readouterr().err.splitlines()
     assert said[0].endswith("the meta server does not answer")
     assert "it answers again" in said[1]
+
+
+def test_every_change_says_what_it_needs_of_the_disk() -> None:
+    """One that did not failed with a KeyError for whoever asked for it."""
+    changes = {kind for kind in get_args(MetaMessage) if "at" in kind.__struct_fields__}
+    assert set(ROOM_NEEDED) == changes

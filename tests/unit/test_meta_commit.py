@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from mendfs.blocks import block_digest
-from mendfs.errors import AppendMoved, BadMessage, CommitRefused, OperationError, SessionLost
+from mendfs.errors import AppendMoved, BadMessage, CommitRefused, OperationError, SessionLost, TooBig
 from mendfs.kv.engine import Transaction
 from mendfs.meta import commit, freeing, ranges, schema, truncate
 from mendfs.meta.sessions import Answer, answered_once
@@ -261,14 +261,13 @@ async def test_commits_that_contradict_themselves_are_refused() -> None:
     await volume.commit(good)
 
 
-async def test_a_merge_does_not_bury_a_newer_write() -> None:
+async def test_a_slot_in_too_many_pieces_is_refused_before_it_breaks_a_transaction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(commit, "EXTENTS_MAX", 3)
     volume, inode = await new_file()
-    seen = (await volume.write(inode, 0, 10)).attributes.version
-    await volume.write(inode, 0, 10)
-    request = volume.commit_of(inode, 0, 10)
-    merge = messages.SlotChange(Slot(0), request.slots[0].extents, seen)
-    import msgspec
-
-    with pytest.raises(OperationError) as caught:
-        await volume.commit(msgspec.structs.replace(request, slots=(merge,)))
-    assert caught.value.errno == errno.ESTALE
+    for offset in (0, 2, 4):
+        await volume.write(inode, offset, 1)
+    with pytest.raises(TooBig):
+        await volume.write(inode, 6, 1)
+    await volume.write(inode, 4, 1)

@@ -5,7 +5,7 @@ committed is lost, and the file keeps the error for the next write, fsync or clo
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -14,7 +14,7 @@ from mendfs.client.files import File, Generation
 from mendfs.client.shared import Shared
 from mendfs.client.uploader import Uploader
 from mendfs.errors import CommitRefused, DeadlineExceeded, MendfsError, TooBig
-from mendfs.model import Extent
+from mendfs.model import Extent, Slot
 from mendfs.wire.messages.meta import Commit, Committed, NewBlock, RequestId, SlotChange
 
 log = structlog.get_logger("mendfs.client")
@@ -45,6 +45,8 @@ class Committer:
         """Called when a generation has ended, committed or lost: the writer freezes the next one."""
         self.on_again: Callable[[File, Generation], None] = _nothing
         """Called when a generation must be uploaded again under a new id."""
+        self.make_room: Callable[[File, Slot], Awaitable[bool]] = _no_room
+        """Merges a slot that has no room for a commit. False if that did not work."""
 
     def stored(self, file: File, generation: Generation) -> None:
         """A generation's block is on W servers."""
@@ -94,11 +96,7 @@ class Committer:
         except CommitRefused as error:
             await self._again(file, batch, error)
         except TooBig as error:
-            if len(batch) > 1:
-                for generation in batch:
-                    await self._commit(file, [generation])
-            else:
-                self.lost(file, batch[0], error)
+            await self._in_smaller_steps(file, batch, error)
         except MendfsError as error:
             for generation in batch:
                 self.lost(file, generation, error)
@@ -106,6 +104,19 @@ class Committer:
             if is_synced:
                 self._shared.session.log_synced(answer.sequence)
             self._committed(file, batch, answer)
+
+    async def _in_smaller_steps(self, file: File, batch: list[Generation], error: TooBig) -> None:
+        """One slot at a time; a slot that is too crowded for its commit is merged first."""
+        if len(batch) > 1:
+            for generation in batch:
+                await self._commit(file, [generation])
+            return
+        generation = batch[0]
+        generation.attempts += 1
+        if generation.attempts < ATTEMPTS_MAX and await self.make_room(file, generation.buffer.slot):
+            await self._commit(file, batch)
+        else:
+            self.lost(file, generation, error)
 
     def _message(self, at: RequestId, file: File, batch: list[Generation]) -> Commit:
         blocks = []
@@ -190,6 +201,11 @@ class Committer:
 
 def _nothing(file: File, generation: Generation) -> None:
     """Until the writer is there."""
+
+
+async def _no_room(file: File, slot: Slot) -> bool:
+    """Until the merger is there."""
+    return False
 
 
 def extents_of(generation: Generation) -> tuple[Extent, ...]:

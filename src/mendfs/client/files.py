@@ -9,6 +9,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -28,7 +29,7 @@ from mendfs.model import (
     Slot,
     SlotExtents,
 )
-from mendfs.wire.messages.meta import Committed, Extents, Opened
+from mendfs.wire.messages.meta import Committed, Extents, Merged, Opened
 
 log = structlog.get_logger("mendfs.client")
 
@@ -40,6 +41,14 @@ EXTENTS_IDLE_MAX = 64
 """Extents kept for a file that nobody has open: enough for most files, little for 4,096 of them."""
 
 BlockName = tuple[Partition, BlockId]
+
+
+class Memory(Protocol):
+    """What holds an upload's bytes."""
+
+    def release(self, *, reuse: bool) -> None:
+        """Nobody needs them any more; without `reuse` they may still be on their way to a server."""
+        ...
 
 
 class Upload:
@@ -69,7 +78,7 @@ class Upload:
         self.putting: dict[ServerNumber, asyncio.Task[None]] = {}
         self.errors: dict[ServerNumber, MendfsError] = {}
         self.retry_at_s: dict[ServerNumber, float] = {}
-        self.memory: SlotBuffer | None = None
+        self.memory: Memory | None = None
         """Given back when no put needs it any more."""
 
 
@@ -106,11 +115,20 @@ class Unsynced(msgspec.Struct):
     synced: set[ServerNumber]
 
 
+class SlotWatch(Protocol):
+    """Whoever wants to know which slots have become crowded."""
+
+    def learnt(self, file: "File", slot: Slot, extents: tuple[Extent, ...], *, is_own: bool) -> None:
+        """The extents of a slot, from an answer; `is_own` if this client's commit has changed them."""
+        ...
+
+
 class File:
     """One inode's state."""
 
-    def __init__(self, inode: Inode) -> None:
+    def __init__(self, inode: Inode, watch: SlotWatch | None = None) -> None:
         self.inode = inode
+        self._watch = watch
         self.attributes: Attributes | None = None
         self.version = CommitSequence(0)
         self.kernel_version = CommitSequence(0)
@@ -187,12 +205,14 @@ class File:
         self._learn_slots(answer.slots, range(first, answer.slots_complete))
         return True
 
-    def _learn_slots(self, slots: Iterable[SlotExtents], complete: range) -> None:
+    def _learn_slots(self, slots: Iterable[SlotExtents], complete: range, *, is_own: bool = False) -> None:
         if len(self.slots) + len(complete) > SLOTS_KNOWN_MAX:
             self.slots.clear()
         self.slots.update(dict.fromkeys((Slot(slot) for slot in complete), ()))
         for each in slots:
             self.slots[each.slot] = each.extents
+            if self._watch is not None:
+                self._watch.learnt(self, each.slot, each.extents, is_own=is_own)
 
     def learn_committed(self, answer: Committed, *, by_kernel: bool = True) -> None:
         """The answer to an own commit; `by_kernel` False if the kernel's pages do not have what was written."""
@@ -205,10 +225,17 @@ class File:
             self.slots.clear()
             self.version = version
         if version == self.version:
-            self._learn_slots(answer.slots, range(0))
+            self._learn_slots(answer.slots, range(0), is_own=True)
         if self.attributes is None or version >= self.attributes.version:
             self.attributes = answer.attributes
         self._forget_overwritten(answer.slots)
+
+    def learn_merged(self, answer: Merged) -> None:
+        """The answer to a merge: other extents for the same bytes, of the same version."""
+        if answer.version == self.version:
+            self._learn_slots((answer.slot,), range(0))
+        # What the merge has replaced is durable in its block, so nobody has to wait for it any more.
+        self._forget_overwritten((answer.slot,))
 
     def _forget_overwritten(self, slots: Iterable[SlotExtents]) -> None:
         """Blocks that a slot names no more need no sync."""
@@ -246,6 +273,8 @@ class Files:
 
     def __init__(self) -> None:
         self._files: OrderedDict[Inode, File] = OrderedDict()
+        self.watch: SlotWatch | None = None
+        """Told of every slot that is learnt of."""
 
     def __iter__(self) -> Iterator[File]:
         return iter(list(self._files.values()))
@@ -258,7 +287,7 @@ class Files:
         """The state of an inode, begun if there is none."""
         file = self._files.get(inode)
         if file is None:
-            file = self._files[inode] = File(inode)
+            file = self._files[inode] = File(inode, self.watch)
             if len(self._files) > IDLE_FILES_MAX:
                 self._forget_idle(keep=file)
         else:

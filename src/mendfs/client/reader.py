@@ -6,17 +6,16 @@ that no replica gives may have been replaced meanwhile, so the extents are fetch
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-import msgspec
-
-from mendfs.blocks import page_count
 from mendfs.client.cache import PageCache, Run
 from mendfs.client.fetcher import Fetcher
 from mendfs.client.files import BlockName, File
+from mendfs.client.gather import Want, by_block, page_runs, ref_of
 from mendfs.client.shared import Shared
 from mendfs.errors import AllReplicasFailed, MendfsError
-from mendfs.extents import plan
+from mendfs.extents import Piece, plan
 from mendfs.model import Extent, KiB, MiB, Slot
 from mendfs.transfer import BlockRef
 from mendfs.wire.messages.meta import Extents, Found, GetAttributes, GetExtents
@@ -29,7 +28,7 @@ FETCHES_MAX = 32
 """Blocks one read asks for at once."""
 RETRY_MIN_S = 0.05
 RETRY_MAX_S = 1.0
-ATTEMPTS_ALL_UP = 5
+ATTEMPTS_ALL_UP = 6
 """Attempts, about 2 s, before a block that all its servers are there for and none has good is given up."""
 READ_AHEAD_UNIT = MiB
 READ_AHEAD_MIN = 512 * KiB
@@ -39,14 +38,6 @@ SEQUENTIAL_SLACK = MiB
 """Requests of the kernel's read-ahead overtake one another by about this much."""
 
 _ZEROS = memoryview(bytes(256 * KiB))
-
-
-class Want(msgspec.Struct, frozen=True):
-    """Bytes of a block, and where they go."""
-
-    extent: Extent
-    offset_in_block: int
-    target: memoryview
 
 
 class Stream:
@@ -93,15 +84,17 @@ class Reader:
             await self.know_extents(file, offset, offset + len(target))
             wants = list(self._plan(file, target, offset))
             try:
-                await _all(self._fetch(want) for want in wants)
+                await self.fetch_all(wants)
                 return
             except AllReplicasFailed:
                 if now() >= deadline_s or (attempts >= ATTEMPTS_ALL_UP and self._all_up(wants)):
                     raise
-            # The extents may have moved on; and a server that is down may come back (row C14).
+            # The extents may have moved on, by a merge on another mount for one; that is all there is to wait for the
+            # first time. And a server that is down may come back (row C14).
             file.forget_extents()
-            await self._shared.servers.changes.wait(min(pause_s, max(0.0, deadline_s - now())))
-            pause_s = min(2 * pause_s, RETRY_MAX_S)
+            if attempts > 1:
+                await self._shared.servers.changes.wait(min(pause_s, max(0.0, deadline_s - now())))
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
 
     def _all_up(self, wants: list[Want]) -> bool:
         """Whether every server that may hold these has had its say: waiting brings nothing then."""
@@ -157,6 +150,46 @@ class Reader:
 
     # --- fetching -----------------------------------------------------------------------------------------------
 
+    async def fetch_all(self, wants: Iterable[Want], *, keep: bool = True) -> None:
+        """Fill every target with verified bytes. Raises AllReplicasFailed.
+
+        Without `keep` nothing is cached: what a merge reads is not read again.
+        """
+        await _all(
+            self._fetch(group[0]) if keep and len(group) == 1 else self._fetch_group(group, keep=keep)
+            for group in by_block(wants)
+        )
+
+    async def _fetch_group(self, wants: list[Want], *, keep: bool) -> None:
+        """Many pieces of one block: what is not at hand comes in as few requests as makes sense."""
+        page_size = self._shared.volume.page_size
+        missing: list[Want] = []
+        arriving: list[Want] = []
+        for want in wants:
+            name = (want.extent.partition, want.extent.block)
+            if self._cache.copy(name, want.offset_in_block, want.target) == len(want.target):
+                continue
+            page = want.offset_in_block // page_size
+            (missing if self._arriving_with(name, page) is None else arriving).append(want)
+        fetches = [self._fetch(want) for want in arriving]
+        spans = [(want.offset_in_block, want.end_in_block) for want in missing]
+        rest = iter(missing)
+        for pages, count in page_runs(spans, page_size):
+            fetches.append(self._fetch_for(pages, list(islice(rest, count)), keep=keep))
+        await _all(fetches)
+
+    async def _fetch_for(self, pages: range, wants: list[Want], *, keep: bool) -> None:
+        page_size = self._shared.volume.page_size
+        run = await self._fetch_run(ref_of(wants[0].extent), pages.start, pages.stop)
+        with memoryview(run.memory) as memory:
+            for want in wants:
+                begin = want.offset_in_block - pages.start * page_size
+                want.target[:] = memory[begin : begin + len(want.target)]
+        if keep:
+            self._cache.add(run)
+        else:
+            self._shared.pool.give(run.memory)
+
     async def _fetch(self, want: Want) -> None:
         extent, target, at = want.extent, want.target, want.offset_in_block
         name = (extent.partition, extent.block)
@@ -176,7 +209,7 @@ class Reader:
         await self._fetch_missing(extent, at, target)
 
     async def _fetch_missing(self, extent: Extent, at: int, target: memoryview) -> None:
-        ref = BlockRef(extent.partition, extent.block, extent.block_length, extent.root)
+        ref = ref_of(extent)
         page_size = self._shared.volume.page_size
         end = at + len(target)
         first_page, end_page = at // page_size, -(-end // page_size)
@@ -227,20 +260,19 @@ class Reader:
     def _fetch_ahead(self, file: File, begin: int, end: int) -> None:
         block_size = self._shared.volume.block_size
         page_size = self._shared.volume.page_size
+        pieces: dict[BlockName, list[Piece]] = {}
         for slot in self._slots(begin, end):
             start = slot * block_size
             for piece in plan(file.slots[Slot(slot)], max(begin, start) - start, min(end, start + block_size) - start):
-                extent = piece.extent
-                if extent is None:
+                if piece.extent is not None:
+                    pieces.setdefault((piece.extent.partition, piece.extent.block), []).append(piece)
+        for name, group in pieces.items():
+            spans = sorted((piece.offset_in_block, piece.offset_in_block + piece.length) for piece in group)
+            for pages, _ in page_runs(spans, page_size):
+                if self._cache.holds(name, pages.start) or self._arriving_with(name, pages.start) is not None:
                     continue
-                ref = BlockRef(extent.partition, extent.block, extent.block_length, extent.root)
-                name = (ref.partition, ref.block)
-                first = piece.offset_in_block // page_size
-                last = page_count(piece.offset_in_block + piece.length, page_size)
-                if self._cache.holds(name, first) or self._arriving_with(name, first) is not None:
-                    continue
-                pages = range(first, last)
-                task = self._shared.tasks.spawn(self._bring(ref, pages))
+                assert group[0].extent is not None, "holes were left out"
+                task = self._shared.tasks.spawn(self._bring(ref_of(group[0].extent), pages))
                 self._arriving.setdefault(name, []).append((pages, task))
 
     async def _bring(self, ref: BlockRef, pages: range) -> None:

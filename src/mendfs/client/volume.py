@@ -19,6 +19,7 @@ from mendfs.client.durability import Durability
 from mendfs.client.fetcher import Fetcher
 from mendfs.client.files import File, Files
 from mendfs.client.ids import IdSupply
+from mendfs.client.merge import Merger
 from mendfs.client.names import Names
 from mendfs.client.open_file import OpenFile
 from mendfs.client.opens import Opens
@@ -77,9 +78,11 @@ class Volume:
         self._fetcher = Fetcher(shared)
         self._durability = Durability(shared, self._fetcher)
         self._uploader = Uploader(shared)
-        self._writer = Writer(shared, self._uploader, Committer(shared, self._uploader, self._durability))
+        self._committer = Committer(shared, self._uploader, self._durability)
+        self._writer = Writer(shared, self._uploader, self._committer)
         self._appender = Appender(shared, self._writer, self._uploader, self._durability)
         self._names = Names(shared, self._writer, self._durability, self._opens)
+        self._merger: Merger | None = None
         self._is_lost = False
         self._is_closed = False
 
@@ -102,6 +105,7 @@ class Volume:
         volume._reader = Reader(volume._shared, volume._fetcher, cache)
         volume._space = Space(volume._shared, volume._writer, volume._reader)
         if not options.read_only:
+            volume._begin_merging()
             volume._shared.blocks.fetch_ahead()
             volume._shared.inodes.fetch_ahead()
         volume._shared.servers.connect_ahead()
@@ -111,6 +115,14 @@ class Volume:
 
     _reader: Reader
     _space: Space
+
+    def _begin_merging(self) -> None:
+        self._merger = merger = Merger(self._shared, self._reader, self._uploader)
+        self._shared.files.watch = merger
+        self._writer.holds = merger.holds
+        self._committer.make_room = merger.merge_now
+        merger.on_ended = self._writer.freeze_waiting
+        self._tasks.spawn(merger.run())
 
     @property
     def parameters(self) -> model.Volume:
@@ -127,6 +139,8 @@ class Volume:
         if self._is_closed:
             return ()
         self._is_closed = True
+        if self._merger is not None:
+            self._merger.stop()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._writer.flush_everything()

@@ -8,6 +8,7 @@ needs no waiting; `write` waits where it says no: for room, for a truncation, fo
 import asyncio
 import errno
 from collections import deque
+from collections.abc import Callable
 
 import structlog
 
@@ -46,6 +47,8 @@ class Writer:
         self._uploading = 0
         self._uploading_bytes = 0
         self._dirty: dict[Inode, File] = {}
+        self.holds: Callable[[File, Slot], bool] = lambda file, slot: False
+        """Whether a slot's bytes must wait for its merge."""
 
     # --- writing ------------------------------------------------------------------------------------------------
 
@@ -53,7 +56,7 @@ class Writer:
         """Take all of `data` now, or return False: `write` must be used. Raises an error of an earlier write."""
         if file.errors:
             file.take_error()
-        if file.lock.locked() or self._shared.dirty.is_exhausted:
+        if file.lock.locked() or self._shared.dirty.is_exhausted or self._is_blocked(file, offset, len(data)):
             return False
         self._collect(file, data, offset)
         return True
@@ -68,9 +71,24 @@ class Writer:
             elif file.lock.locked():
                 async with file.lock:
                     pass
+            elif self._is_blocked(file, offset + position, len(part)):
+                await file.changes.wait(None)
             else:
                 self._make_room()
                 await self._shared.dirty.wait()
+
+    def _is_blocked(self, file: File, offset: int, length: int) -> bool:
+        """Whether a slot has too many pieces while the ones before them are still on their way: no commit could hold
+        them all. A crowded buffer that may be frozen is frozen at once, so one that is there has to wait.
+        """
+        if not file.collecting:
+            return False
+        block_size = self._shared.volume.block_size
+        for slot in range(offset // block_size, (offset + length - 1) // block_size + 1):
+            generation = file.collecting.get(Slot(slot))
+            if generation is not None and generation.buffer.is_crowded:
+                return True
+        return False
 
     def _collect(self, file: File, data: memoryview, offset: int) -> None:
         block_size = self._shared.volume.block_size
@@ -101,8 +119,11 @@ class Writer:
             cost = buffer.cost
         buffer.write(data, at)
         self._shared.dirty.take(buffer.cost - cost)
-        if (buffer.is_full or buffer.is_crowded) and slot not in file.frozen:
+        if (buffer.is_full or buffer.is_crowded) and self._may_freeze(file, slot):
             self._freeze(file, slot)
+
+    def _may_freeze(self, file: File, slot: Slot) -> bool:
+        return slot not in file.frozen and not self.holds(file, slot)
 
     def _make_room(self) -> None:
         """When most of the limit is held by slots that are still filling, upload those too."""
@@ -120,10 +141,10 @@ class Writer:
         for slot in sorted(file.collecting):
             file.collecting[slot].is_synced |= synced and may_sync
             file.collecting[slot].is_logged |= logged and may_sync
-            if slot in file.frozen:
-                file.collecting[slot].is_wanted = True
-            else:
+            if self._may_freeze(file, slot):
                 self._freeze(file, slot)
+            else:
+                file.collecting[slot].is_wanted = True
         file.dirty_since_s = None
         return [*file.frozen.values(), *file.collecting.values()]
 
@@ -176,13 +197,18 @@ class Writer:
         await self._uploader.store(upload)
 
     def _generation_ended(self, file: File, generation: Generation) -> None:
-        slot = generation.buffer.slot
-        waiting = file.collecting.get(slot)
-        may_go = waiting is not None and slot not in file.frozen
-        if waiting and may_go and (waiting.is_wanted or waiting.buffer.is_full or waiting.buffer.is_crowded):
-            self._freeze(file, slot)
+        self.freeze_waiting(file, generation.buffer.slot)
         if not file.is_dirty:
             self._dirty.pop(file.inode, None)
+
+    def freeze_waiting(self, file: File, slot: Slot) -> None:
+        """The generation before, or a merge, has ended: what has waited for it sets out."""
+        waiting = file.collecting.get(slot)
+        if waiting is None or not self._may_freeze(file, slot):
+            return
+        if waiting.is_wanted or waiting.buffer.is_full or waiting.buffer.is_crowded:
+            self._freeze(file, slot)
+            file.changes.notify()
 
     # --- flushing -------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import stat
 
 import msgspec
 
-from mendfs.errors import AppendMoved, BadMessage, OperationError
+from mendfs.errors import AppendMoved, BadMessage, OperationError, TooBig
 from mendfs.extents import BlockName, blocks_in, clip, overlay, stored_bytes
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
@@ -20,13 +20,15 @@ from mendfs.meta.ranges import check_owned
 from mendfs.model import SIZE_MAX, Extent, Inode, SessionId, Slot, SlotExtents, Volume
 from mendfs.wire.messages import meta as messages
 
-EXTENTS_MAX = 12_000
-"""Extents a slot may have: at about 70 bytes each they must stay below the engine's limit of 1 MiB a transaction."""
+EXTENTS_MAX = 8_000
+"""Extents a slot may have: at up to 60 bytes each, stored once and answered once, they stay below the engine's limit of
+1 MiB a transaction. Clients merge a slot long before."""
 SLOTS_READ_MAX = 1024
 """Slots one query may ask for."""
 
 
-def _check_extent(extent: Extent, new: dict[BlockName, messages.NewBlock], volume: Volume) -> None:
+def check_extent(extent: Extent, new: dict[BlockName, messages.NewBlock], volume: Volume) -> None:
+    """Raise BadMessage unless an extent lies in its slot and in the block it names, which is one of `new`."""
     block = new.get((extent.partition, extent.block))
     if block is None:
         raise BadMessage(f"an extent names block {extent.block:#x}, which the commit does not bring")
@@ -50,7 +52,7 @@ def check(request: messages.Commit, volume: Volume) -> None:
     for change in request.slots:
         end = 0
         for extent in sorted(change.extents, key=lambda each: each.offset_in_slot):
-            _check_extent(extent, new, volume)
+            check_extent(extent, new, volume)
             if extent.offset_in_slot < end:
                 raise BadMessage(f"slot {change.slot}: two new extents overlap")
             end = extent.end_in_slot
@@ -102,7 +104,7 @@ class _Slots:
         newer = [msgspec.structs.replace(extent, cut=self._record.cut_number) for extent in change.extents]
         result = overlay(older, newer)
         if len(result) > EXTENTS_MAX:
-            raise OperationError(errno.EFBIG, f"slot {change.slot} is in more than {EXTENTS_MAX} pieces; copy the file")
+            raise TooBig(f"slot {change.slot} would be in more than {EXTENTS_MAX} pieces: it must be merged first")
         tx.put(schema.slot_key(inode, change.slot), schema.SLOT.encode(result))
         dropped = blocks_in(stored) - blocks_in(result)
         if dropped:
@@ -119,7 +121,6 @@ async def commit(tx: Transaction, request: messages.Commit, session: SessionId, 
         raise OperationError(errno.EINVAL, f"inode {request.inode} is no file")
     if request.append_at is not None:
         request = _moved_append(request, record.attributes.size, volume.block_size)
-    _check_seen(request, record)
     slot_of = {(extent.partition, extent.block): change.slot for change in request.slots for extent in change.extents}
     tallies = Tallies(volume.id)
     for new in request.blocks:
@@ -147,13 +148,6 @@ async def commit(tx: Transaction, request: messages.Commit, session: SessionId, 
     )
     write(tx, record)
     return messages.Committed(visible(record), previous, tuple(slots.results), tx.sequence())
-
-
-def _check_seen(request: messages.Commit, record: schema.InodeRecord) -> None:
-    """A merge rewrites what it has read: it must not bury a write that it has not seen."""
-    for change in request.slots:
-        if change.seen_version and change.seen_version != record.attributes.version:
-            raise OperationError(errno.ESTALE, f"inode {request.inode} changed since slot {change.slot} was read")
 
 
 async def read_extents(

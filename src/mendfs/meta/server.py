@@ -15,7 +15,7 @@ import structlog
 
 from mendfs.errors import BadMessage, EngineFailed, EngineUnreadable, OperationError, UsageError
 from mendfs.kv.engine import Engine, Transaction, run
-from mendfs.meta import attributes, background, namespace, ranges, status, volume
+from mendfs.meta import attributes, background, merge, namespace, ranges, status, volume
 from mendfs.meta import blocks as block_operations
 from mendfs.meta import commit as commits
 from mendfs.meta.inodes import read_attributes, visible
@@ -44,6 +44,7 @@ ROOM_NEEDED: dict[type, Kind] = {
     messages.Rename: "keep",
     messages.SetAttributes: "keep",
     messages.Punch: "keep",
+    messages.MergeSlot: "keep",
     messages.RemoveXattr: "remove",
     messages.Unlink: "remove",
     messages.AcknowledgeLate: "remove",
@@ -91,6 +92,7 @@ class MetaServer:
             messages.RemoveXattr: self._remove_xattr,
             messages.Commit: self._commit,
             messages.Punch: self._punch,
+            messages.MergeSlot: self._merge,
             messages.AcknowledgeLate: self._acknowledge_late,
             messages.SyncLog: self._sync_log,
             messages.GetStatus: self._get_status,
@@ -289,6 +291,16 @@ class MetaServer:
             return await punch_range(tx, request, self.state.volume)
 
         answer = await self._change(self.registry.session_of(peer), request, change)
+        self.state.work.set()
+        return answer
+
+    async def _merge(self, peer: Peer, request: messages.MergeSlot) -> Answer:
+        session = self.registry.session_of(peer)
+
+        async def change(tx: Transaction) -> Answer:
+            return await merge.merge(tx, request, session.id, self.state.volume)
+
+        answer = await self._change(session, request, change)
         self.state.work.set()
         return answer
 

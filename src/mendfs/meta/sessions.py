@@ -27,7 +27,7 @@ REQUEST_SLOTS_MAX = 256
 OWN_PAUSE_S = 1.0
 """A gap between two ticks above which it was we who slept: leases go on by as much."""
 
-Answer = messages.Found | messages.Removed | messages.Committed | messages.Punched | Done
+Answer = messages.Found | messages.Removed | messages.Committed | messages.Punched | messages.Merged | Done
 _ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 _ENCODER = msgspec.msgpack.Encoder()
 

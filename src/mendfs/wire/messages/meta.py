@@ -15,6 +15,7 @@ from mendfs.model import (
     Extent,
     Inode,
     Partition,
+    Seen,
     ServerNumber,
     Slot,
     SlotExtents,
@@ -273,8 +274,6 @@ class SlotChange(msgspec.Struct, frozen=True, array_like=True):
 
     slot: Slot
     extents: tuple[Extent, ...]
-    seen_version: CommitSequence = CommitSequence(0)
-    """Not 0: refused unless the inode's version is still this one (a merge must not bury a newer write)."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit", forbid_unknown_fields=True):
@@ -319,6 +318,29 @@ class Punched(msgspec.Struct, frozen=True, tag="punched", forbid_unknown_fields=
 
     attributes: Attributes
     next: int
+    sequence: CommitSequence
+
+
+class MergeSlot(msgspec.Struct, frozen=True, tag="merge_slot", forbid_unknown_fields=True):
+    """A block with bytes that the slot already has, to stand in their place. Answer: `Merged`, or ESTALE.
+
+    It is laid only where the slot still shows what was `seen`: no write is buried, no byte changes, nor do size, times
+    and version. W servers have it durably, for it may replace what an fsync was promised for.
+    """
+
+    at: RequestId
+    inode: Inode
+    slot: Slot
+    block: NewBlock
+    extents: tuple[Extent, ...]
+    seen: tuple[Seen, ...]
+
+
+class Merged(msgspec.Struct, frozen=True, tag="merged", forbid_unknown_fields=True):
+    """The slot as it is now, and the inode's version, which a merge leaves alone."""
+
+    slot: SlotExtents
+    version: CommitSequence
     sequence: CommitSequence
 
 
@@ -395,6 +417,8 @@ MetaMessage = (
     | Punch
     | Punched
     | Committed
+    | MergeSlot
+    | Merged
     | AcknowledgeLate
     | SyncLog
     | LogSynced
