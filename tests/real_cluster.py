@@ -6,6 +6,7 @@ Ports are chosen by `mendfs up` itself, at random among free ones, so tests may 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,16 +20,23 @@ from typing import Any
 import pytest
 
 from mendfs.cluster.folder import ClusterFolder, ClusterRecord
-from mendfs.fuse import device
+from mendfs.fuse import device, fusermount
 from mendfs.world.local_disk import LocalDisk
 from mendfs.world.processes import LocalProcesses, ProcessIdentity
 
 COMMAND_TIMEOUT_S = 120
 PROCESSES = LocalProcesses()
 
-needs_mounts = pytest.mark.skipif(
-    os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="mounting needs root and /dev/fuse"
-)
+
+def can_mount() -> bool:
+    """By mount(2) or through fusermount3."""
+    if os.geteuid() == 0:
+        return os.path.exists(device.DEVICE)
+    return shutil.which(fusermount.PROGRAM) is not None and os.access(device.DEVICE, os.R_OK | os.W_OK)
+
+
+needs_mounts = pytest.mark.skipif(not can_mount(), reason="mounting needs /dev/fuse, and root or fusermount3")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: several users, or what only root may change")
 
 
 def until(condition: Callable[[], object], within_s: float) -> None:

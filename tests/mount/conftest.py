@@ -22,7 +22,7 @@ from mendfs.fuse import device
 from mendfs.fuse.server import Mount, MountOptions, serve_mount
 from tests.mount.fake_volume import FakeVolume
 from tests.mount.programs import PACKAGES, Place
-from tests.real_cluster import RealCluster
+from tests.real_cluster import RealCluster, can_mount
 
 Result = TypeVar("Result")
 WAIT_S = 30.0
@@ -89,8 +89,8 @@ Mounting = Callable[..., Mounted]
 @pytest.fixture
 def mounting() -> Iterator[Mounting]:
     """Mount fake volumes with other options than the defaults."""
-    if os.geteuid() != 0 or not os.path.exists(device.DEVICE):
-        pytest.skip("mounting needs root and /dev/fuse")
+    if not can_mount():
+        pytest.skip("mounting needs /dev/fuse, and root or fusermount3")
     thread = LoopThread()
     mounted: list[Mounted] = []
 

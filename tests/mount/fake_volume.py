@@ -162,7 +162,7 @@ class FakeVolume:
         self.waiting_at_gate = 0
         self.is_closed = False
         self._last = ROOT_INODE
-        self.nodes[ROOT_INODE] = Node(ROOT_INODE, stat.S_IFDIR | 0o755, 0, 0, nlink=2)
+        self.nodes[ROOT_INODE] = Node(ROOT_INODE, stat.S_IFDIR | 0o755, os.geteuid(), os.getegid(), nlink=2)
 
     async def gate(self) -> None:
         """Where reads and waiting writes stand while no server answers."""

@@ -16,7 +16,7 @@ from mendfs.fuse.mount_options import MountFlags
 from mendfs.fuse.server import MountOptions, serve_mount
 from tests.mount.conftest import LoopThread, Mounted, Mounting
 from tests.mount.fake_volume import FakeVolume
-from tests.real_cluster import needs_mounts
+from tests.real_cluster import needs_mounts, needs_root
 
 pytestmark = needs_mounts
 
@@ -159,6 +159,7 @@ def test_read_only_mounts_refuse_changes(mounting: Mounting) -> None:
         (fake.path / "file").touch()
 
 
+@needs_root
 def test_devices_and_set_id_bits_count_only_when_asked_for(mounting: Mounting) -> None:
     def options(path: Path) -> list[str]:
         entry = subprocess.run(["findmnt", "-no", "OPTIONS", path], capture_output=True, text=True).stdout

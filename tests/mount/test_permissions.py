@@ -16,13 +16,9 @@ import pytest
 
 from tests.mount.calls import fails, opened
 from tests.mount.conftest import Tree
-from tests.real_cluster import RealCluster, needs_mounts
+from tests.real_cluster import RealCluster, needs_mounts, needs_root
 
-pytestmark = [
-    needs_mounts,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which alone can be several users"),
-    pytest.mark.seed("C12"),
-]
+pytestmark = [needs_mounts, needs_root, pytest.mark.seed("C12")]
 
 ANN, BOB, STAFF, OTHERS = 4242, 4343, 5000, 6000
 

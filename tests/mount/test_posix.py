@@ -13,7 +13,7 @@ import pytest
 
 from tests.mount.calls import compare_random_writes, fails, opened
 from tests.mount.conftest import Tree
-from tests.real_cluster import needs_mounts
+from tests.real_cluster import needs_mounts, needs_root
 
 pytestmark = [needs_mounts, pytest.mark.seed("C12")]
 
@@ -216,6 +216,7 @@ def test_hard_links_share_everything(tree: Tree) -> None:
         os.link(two, two)
 
 
+@needs_root
 def test_symbolic_links_say_what_they_were_told(tree: Tree) -> None:
     link = tree.path / "link"
     link.symlink_to("x" * 4000)
@@ -230,6 +231,7 @@ def test_symbolic_links_say_what_they_were_told(tree: Tree) -> None:
     assert (link.lstat().st_uid, link.lstat().st_gid) == (5, 6)
 
 
+@needs_root
 def test_fifos_sockets_and_devices_exist(tree: Tree) -> None:
     os.mkfifo(tree.path / "fifo", 0o640)
     assert stat.S_ISFIFO((tree.path / "fifo").stat().st_mode)
@@ -262,6 +264,7 @@ def test_long_and_strange_names(tree: Tree) -> None:
         (tree.path / "none").stat()
 
 
+@needs_root
 def test_a_file_handle_leads_to_the_file_without_a_path(tree: Tree) -> None:
     """What NFS servers and fanotify use: `.` and `..` are looked up by inode number."""
     (tree.path / "d").mkdir()
@@ -317,6 +320,7 @@ def test_times_have_nanoseconds(tree: Tree) -> None:
     assert tree.path.stat().st_mtime_ns > before
 
 
+@needs_root
 def test_mode_and_owner_change(tree: Tree) -> None:
     path = tree.path / "file"
     path.touch()
@@ -327,6 +331,7 @@ def test_mode_and_owner_change(tree: Tree) -> None:
     assert (path.stat().st_uid, path.stat().st_gid) == (123, 789)
 
 
+@needs_root
 def test_set_id_bits_end_with_a_change_of_owner_or_contents(tree: Tree) -> None:
     path = tree.path / "file"
     path.touch()
@@ -352,6 +357,7 @@ def test_set_id_bits_end_with_a_change_of_owner_or_contents(tree: Tree) -> None:
     assert mode() == 0o4755  # root keeps them
 
 
+@needs_root
 def test_umask_and_setgid_directories(tree: Tree) -> None:
     tree.path.chmod(0o777)
     tree.check(
@@ -362,6 +368,7 @@ def test_umask_and_setgid_directories(tree: Tree) -> None:
     assert ((tree.path / "f").stat().st_uid, (tree.path / "f").stat().st_gid) == (1000, 1000)
 
 
+@needs_root
 def test_permissions_hold_for_ordinary_users(tree: Tree) -> None:
     """The kernel checks them, by the attributes it gets from us: as they are now, not as they were."""
     path = tree.path / "secret"
@@ -392,6 +399,7 @@ except OSError as error:
     assert as_user("os.stat(root + '/secret')") == "EACCES"
 
 
+@needs_root
 def test_extended_attributes(tree: Tree) -> None:
     path = tree.path / "file"
     path.touch()

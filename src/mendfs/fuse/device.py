@@ -210,7 +210,7 @@ def raise_read_ahead(mountpoint: str, read_ahead_bytes: int) -> None:
             file.write(str(read_ahead_bytes >> 10))
     except PermissionError:
         # An ordinary user's mount: the kernel asks for 128 KiB at a time, and our own read-ahead does the rest.
-        log.info("only root can raise the kernel's read-ahead", path=path)
+        return
     except OSError as error:
         log.warning("cannot raise the read-ahead: sequential reads are slower", path=path, error=error.strerror)
 
