@@ -214,6 +214,9 @@ class FakeVolume:
     async def attributes(self, inode: Inode) -> Attributes:
         return self._node(inode).attributes()
 
+    def recent_attributes(self, inode: Inode, within_s: float) -> tuple[Attributes, float] | None:
+        return None
+
     async def set_attributes(
         self,
         inode: Inode,

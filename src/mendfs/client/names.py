@@ -1,6 +1,7 @@
 """The namespace as a client sees it: lookup to rename, attributes, extended attributes. Changes are made once."""
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -8,6 +9,7 @@ import msgspec
 from mendfs.client.durability import Durability
 from mendfs.client.files import File
 from mendfs.client.opens import Opens
+from mendfs.client.recent import Recent
 from mendfs.client.shared import Shared
 from mendfs.client.writer import Writer
 from mendfs.errors import CommitRefused, OperationError
@@ -29,17 +31,29 @@ class Names:
         self._writer = writer
         self._durability = durability
         self._opens = opens
+        self.recent = Recent()
 
     async def _change(self, build: Callable[[RequestId], Message]) -> Attributes:
-        found = await self._shared.session.change(build, messages.Found)
+        return self._changed(await self._shared.session.change(build, messages.Found))
+
+    def _changed(self, found: messages.Found) -> Attributes:
+        self.recent.note(found.attributes, *found.changed)
         return self._shared.files.shown(found.attributes)
+
+    def recent_attributes(self, inode: Inode, within_s: float) -> tuple[Attributes, float] | None:
+        """Attributes that an answer brought no longer ago than this, with unflushed writes, and their age."""
+        found = self.recent.find(inode, within_s)
+        return None if found is None else (self._shared.files.shown(found[0]), found[1])
 
     def _now_ns(self) -> int:
         return self._shared.world.now_ns()
 
     async def lookup(self, parent: Inode, name: bytes) -> Attributes:
         """The inode that a name stands for."""
-        found = await self._shared.session.query(messages.Lookup(parent, name), messages.Found)
+        found = await self._shared.session.query(messages.Lookup(parent, name), messages.LookedUp)
+        self.recent.note(found.directory)
+        if found.attributes is None:
+            raise OperationError(errno.ENOENT)
         return self._shared.files.shown(found.attributes)
 
     async def attributes(self, inode: Inode) -> Attributes:
@@ -83,6 +97,7 @@ class Names:
         return self._removed(removed)
 
     def _removed(self, removed: messages.Removed) -> Attributes | None:
+        self.recent.note(removed.attributes, *removed.changed)
         if removed.attributes is None:
             return None
         attributes = self._shared.files.shown(removed.attributes)
@@ -142,6 +157,7 @@ class Names:
                 ),
                 messages.Found,
             )
+            self.recent.note(found.attributes)
             return found.attributes
 
         file = self._shared.files.find(inode)

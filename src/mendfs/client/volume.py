@@ -168,6 +168,10 @@ class Volume:
         """Fresh attributes; size and times include this client's unflushed writes."""
         return await self._names.attributes(inode)
 
+    def recent_attributes(self, inode: Inode, within_s: float) -> tuple[Attributes, float] | None:
+        """Attributes that an answer brought no longer than `within_s` ago, and their age: no call is made for them."""
+        return self._names.recent_attributes(inode, within_s)
+
     async def set_attributes(
         self,
         inode: Inode,
@@ -293,7 +297,8 @@ class Volume:
             raise
         try:
             if truncating is not None:
-                await truncating
+                # The kernel asks for the size next.
+                self._names.recent.note_any(await truncating)
         except BaseException:
             self._opens.closed(file)
             raise
@@ -379,6 +384,7 @@ class Volume:
 
     def went_back(self, survived: CommitSequence) -> None:
         """See SessionOwner."""
+        self._names.recent.clear()
         self._durability.lost(MendfsError("the meta server stopped, and changes that were not synced are lost"))
         for file in self._shared.files:
             if file.version <= survived:

@@ -60,8 +60,12 @@ class Names:
         return self._replies.entry(await found)
 
     async def get_attributes(self, header: Header, request: GetAttributes) -> bytes:
-        """With this mount's unflushed writes."""
-        return self._replies.attributes(await self._volume.attributes(Inode(header.node)))
+        """With this mount's unflushed writes. What another answer has brought a moment ago is not asked for again."""
+        inode = Inode(header.node)
+        recent = self._volume.recent_attributes(inode, self._replies.walk_timeout_s)
+        if recent is not None:
+            return self._replies.attributes(recent[0], age_s=recent[1])
+        return self._replies.attributes(await self._volume.attributes(inode))
 
     async def set_attributes(self, header: Header, request: SetAttributes) -> bytes:
         """Mode, owner, size, times."""

@@ -126,7 +126,9 @@ class Replies:
     ) -> None:
         self._entry_valid_s, self._entry_valid_ns = _timeout(entry_timeout_s)
         self._valid = _timeout(attribute_timeout_s)
-        self._walked_valid = _timeout(max(attribute_timeout_s, walk_timeout_s))
+        self.walk_timeout_s = max(attribute_timeout_s, walk_timeout_s)
+        """How long attributes that came with a name, or are a directory's, may be believed."""
+        self._walked_valid = _timeout(self.walk_timeout_s)
         self._io_bytes = preferred_io_bytes(block_size)
 
     def _raw(self, attributes: Attributes) -> bytes:
@@ -152,10 +154,13 @@ class Replies:
             0,
         )
 
-    def attributes(self, attributes: Attributes) -> bytes:
-        """The answer to GETATTR and SETATTR."""
+    def attributes(self, attributes: Attributes, *, age_s: float = 0) -> bytes:
+        """The answer to GETATTR and SETATTR. Attributes that are known for some time hold so much less long."""
         # The root has no name to look up, so a walk learns about directories in this way too.
         valid_s, valid_ns = self._walked_valid if stat.S_ISDIR(attributes.mode) else self._valid
+        if age_s > 0:
+            left_s = self.walk_timeout_s - age_s if stat.S_ISDIR(attributes.mode) else 0
+            valid_s, valid_ns = _timeout(max(0, left_s))
         return _ATTRIBUTES_VALID.pack(valid_s, valid_ns, 0) + self._raw(attributes)
 
     def entry(self, attributes: Attributes) -> bytes:

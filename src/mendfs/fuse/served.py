@@ -76,6 +76,10 @@ class ServedVolume(Protocol):
         """With this client's unflushed writes."""
         ...
 
+    def recent_attributes(self, inode: Inode, within_s: float) -> tuple[Attributes, float] | None:
+        """Attributes that came with another answer no longer than `within_s` ago, and their age; None: ask."""
+        ...
+
     async def set_attributes(
         self,
         inode: Inode,

@@ -61,6 +61,27 @@ async def lookup(tx: Transaction, parent: Inode, name: bytes) -> Attributes:
     return visible(await find(tx, entry.inode))
 
 
+async def look_up(tx: Transaction, parent: Inode, name: bytes) -> tuple[Attributes | None, Attributes]:
+    """What `name` names, None if nothing has it, and its directory. Raises ENOTDIR, and ENOENT for the directory."""
+    directory = await find_directory(tx, parent)
+    if name in (b".", b".."):
+        return await lookup(tx, parent, name), directory.attributes
+    if len(name) > NAME_BYTES_MAX:
+        raise OperationError(errno.ENAMETOOLONG)
+    entry = await _entry(tx, parent, name)
+    return None if entry is None else visible(await find(tx, entry.inode)), directory.attributes
+
+
+async def named(tx: Transaction, *names: tuple[Inode, bytes]) -> tuple[Attributes, ...]:
+    """The directories of these names and what the names stand for, as they are now, without repeats."""
+    inodes = dict.fromkeys(parent for parent, _ in names)
+    for parent, name in names:
+        entry = await _entry(tx, parent, name)
+        if entry is not None:
+            inodes[entry.inode] = None
+    return tuple([visible(await find(tx, inode)) for inode in inodes])
+
+
 async def list_directory(tx: Transaction, request: messages.ListDirectory) -> messages.Listing:
     """The next names of a directory, in the order of their bytes."""
     directory = await find(tx, request.inode)

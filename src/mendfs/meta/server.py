@@ -162,8 +162,9 @@ class MetaServer:
     def _found(self, found: Attributes) -> messages.Found:
         return messages.Found(found, self.state.engine.last_sequence)
 
-    async def _lookup(self, peer: Peer, request: messages.Lookup) -> messages.Found:
-        return self._found(await self._read(namespace.lookup, request.parent, request.name))
+    async def _lookup(self, peer: Peer, request: messages.Lookup) -> messages.LookedUp:
+        found, directory = await self._read(namespace.look_up, request.parent, request.name)
+        return messages.LookedUp(found, directory, self.state.engine.last_sequence)
 
     async def _get_attributes(self, peer: Peer, request: messages.GetAttributes) -> messages.Found:
         return self._found(await self._read(read_attributes, request.inode))
@@ -234,7 +235,8 @@ class MetaServer:
 
         async def change(tx: Transaction) -> Answer:
             await ranges.check_owned(tx, "inode", request.inode, session.id)
-            return messages.Found(await namespace.make(tx, request, self.state.generation), tx.sequence())
+            made = await namespace.make(tx, request, self.state.generation)
+            return messages.Found(made, tx.sequence(), (await read_attributes(tx, request.parent),))
 
         answer = await self._change(session, request, change)
         if request.open:
@@ -242,13 +244,22 @@ class MetaServer:
         return answer
 
     async def _link(self, peer: Peer, request: messages.Link) -> Answer:
-        return await self._found_change(peer, request, namespace.link)
+        async def change(tx: Transaction) -> Answer:
+            linked = await namespace.link(tx, request)
+            return messages.Found(linked, tx.sequence(), (await read_attributes(tx, request.parent),))
+
+        return await self._change(self.registry.session_of(peer), request, change)
 
     async def _removal(
-        self, peer: Peer, request: Any, operation: Callable[..., Awaitable[Attributes | None]]
+        self, peer: Peer, request: messages.Unlink | messages.Rename, operation: Callable[..., Awaitable[Any]]
     ) -> Answer:
+        names = [(request.parent, request.name)]
+        if isinstance(request, messages.Rename):
+            names.append((request.new_parent, request.new_name))
+
         async def change(tx: Transaction) -> Answer:
-            return messages.Removed(await operation(tx, request, self.state.sessions), tx.sequence())
+            removed = await operation(tx, request, self.state.sessions)
+            return messages.Removed(removed, tx.sequence(), await namespace.named(tx, *names))
 
         answer = await self._change(self.registry.session_of(peer), request, change)
         self.state.work.set()

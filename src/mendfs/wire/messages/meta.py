@@ -33,10 +33,18 @@ class RequestId(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Lookup(msgspec.Struct, frozen=True, tag="lookup", forbid_unknown_fields=True):
-    """Answer: `Found`, or ENOENT."""
+    """Answer: `LookedUp`."""
 
     parent: Inode
     name: bytes
+
+
+class LookedUp(msgspec.Struct, frozen=True, tag="looked_up", forbid_unknown_fields=True):
+    """What the name stands for, None if nothing has it; and the directory, which a walk mostly asks for next."""
+
+    attributes: Attributes | None
+    directory: Attributes
+    sequence: CommitSequence
 
 
 class GetAttributes(msgspec.Struct, frozen=True, tag="get_attributes", forbid_unknown_fields=True):
@@ -50,6 +58,8 @@ class Found(msgspec.Struct, frozen=True, tag="found", forbid_unknown_fields=True
 
     attributes: Attributes
     sequence: CommitSequence
+    changed: tuple[Attributes, ...] = ()
+    """The other inodes that a change has changed, as they are now: the directory of a new name."""
 
 
 class OpenInode(msgspec.Struct, frozen=True, tag="open_inode", forbid_unknown_fields=True):
@@ -207,6 +217,8 @@ class Removed(msgspec.Struct, frozen=True, tag="removed", forbid_unknown_fields=
 
     attributes: Attributes | None
     sequence: CommitSequence
+    changed: tuple[Attributes, ...] = ()
+    """The other inodes that were changed, as they are now: directories, and what was moved."""
 
 
 class Rename(msgspec.Struct, frozen=True, tag="rename", forbid_unknown_fields=True):
@@ -389,6 +401,7 @@ class BlocksLocated(msgspec.Struct, frozen=True, tag="blocks_located", forbid_un
 
 MetaMessage = (
     Lookup
+    | LookedUp
     | GetAttributes
     | Found
     | OpenInode
