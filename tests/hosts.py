@@ -124,6 +124,9 @@ class Hosts:
             _ip("-n", space, "address", "add", f"{v4}/24", "dev", "eth0")
             _ip("-n", space, "address", "add", f"{v6}/64", "dev", "eth0", "nodad")
             _ip("-n", space, "link", "set", "eth0", "up")
+            # A new connection's window opens over several round trips; here those of our own protocol are counted.
+            for setting in ("net.ipv4.tcp_rmem=4096 6291456 6291456", "net.ipv4.tcp_slow_start_after_idle=0"):
+                subprocess.run(self.on(name, "sysctl", "-qw", setting), check=True, timeout=30)
         except BaseException:
             os.close(fd)
             raise

@@ -22,6 +22,8 @@ HEDGE_MIN_S = 0.02
 """Another replica is never asked earlier: below it, a second request costs more than it saves."""
 HEDGE_FACTOR = 4.0
 """Times the running mean: only the slowest few per cent of requests are sent twice."""
+HEDGE_UNKNOWN_S = 0.1
+"""Before a server has answered anything: it may be far away, and then every first read would be sent thrice."""
 HEDGE_MAX_S = 1.0
 BAD_FOR_S = 30.0
 """How long a replica counts as bad after it failed: mending takes seconds."""
@@ -91,7 +93,7 @@ class Fetcher:
             kind=self._shared.volume.checksum,
             checksums=self._checksums.get(name),
             deadline_s=self._shared.options.get_timeout_s,
-            hedge_after_s=min(max(HEDGE_MIN_S, HEDGE_FACTOR * expected_s), HEDGE_MAX_S),
+            hedge_after_s=hedge_after_s(expected_s),
             report=report,
         )
         self._checksums.add(name, checksums)
@@ -157,3 +159,10 @@ class Fetcher:
         self._bad[number, block] = asyncio.get_running_loop().time()
         log.warning("replica not usable, reading another", server=number, block=block, reason=str(error))
         self._shared.session.push(ReportReplica(number, block, f"{error.code}: {error}"))
+
+
+def hedge_after_s(expected_s: float) -> float:
+    """How long to wait for a server whose answers take `expected_s` (0: nobody knows) before another one is asked."""
+    if expected_s == 0:
+        return HEDGE_UNKNOWN_S
+    return min(max(HEDGE_MIN_S, HEDGE_FACTOR * expected_s), HEDGE_MAX_S)

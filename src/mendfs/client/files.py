@@ -134,6 +134,8 @@ class File:
         self.kernel_version = CommitSequence(0)
         self.slots: dict[Slot, tuple[Extent, ...]] = {}
         """Extents of the slots that are known, holes as ()."""
+        self.asking_extents: tuple[range, asyncio.Task[None]] | None = None
+        """The newest question for extents: its slots, and the task that waits for the answer."""
         self.collecting: dict[Slot, Generation] = {}
         self.frozen: dict[Slot, Generation] = {}
         self.ready: deque[Generation] = deque()
@@ -247,8 +249,9 @@ class File:
                 del self.unsynced[name]
 
     def forget_extents(self) -> None:
-        """Read them again before they are used."""
+        """Read them again before they are used; an answer that is on its way may be the one that was wrong."""
         self.slots.clear()
+        self.asking_extents = None
 
     def forget_all(self) -> None:
         """The meta server lost changes: nothing known counts."""

@@ -16,6 +16,8 @@ class VolumeOptions(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     open_timeout_s: float = 10.0
     """How long opening tries before it tells the user that the meta server does not answer."""
+    prepares: bool = False
+    """Connect to the data servers and fetch ids before anybody needs them: for what lives longer than one command."""
     wait_until_ready: bool = False
     """Opening waits as long as it takes for a meta server that answers, but has not yet seen all its data servers."""
     meta_timeout_s: float = 60.0

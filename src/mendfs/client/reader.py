@@ -24,6 +24,8 @@ SLOTS_AT_ONCE = 1024
 """Slots of one step of a read: when blocks are tiny a read is many steps, so that what it needs stays bounded."""
 EXTENTS_AHEAD = 64
 """Slots whose extents are asked for at least: 256 MiB of a file with default blocks."""
+EXTENTS_AHEAD_FACTOR = 4
+"""Extents are asked for when the reader is this many windows of read-ahead before them: time for a slow answer."""
 FETCHES_MAX = 32
 """Blocks one read asks for at once."""
 RETRY_MIN_S = 0.05
@@ -109,10 +111,29 @@ class Reader:
         """The extents of [begin, end) are in `file.slots` when this returns, until the next await."""
         slots = self._slots(begin, end)
         while (missing := next((slot for slot in slots if slot not in file.slots), None)) is not None:
-            first = Slot(missing)
-            count = min(max(EXTENTS_AHEAD, slots.stop - missing), SLOTS_AT_ONCE)
-            answer = await self._shared.session.query(GetExtents(file.inode, first, count), Extents)
-            file.learn_extents(answer, first)
+            # Shared by all reads that need it: one of them giving up must not end it.
+            await asyncio.shield(self._ask_extents(file, Slot(missing), slots.stop - missing))
+
+    def _ask_extents(self, file: File, first: Slot, count: int) -> "asyncio.Task[None]":
+        """The question for the extents of `first` and what follows, if it is not under way already."""
+        asked = file.asking_extents
+        if asked is not None and first in asked[0] and not asked[1].done():
+            return asked[1]
+        count = min(max(EXTENTS_AHEAD, count), SLOTS_AT_ONCE)
+        task = self._shared.tasks.spawn(self._learn_extents(file, first, count), is_awaited=True)
+        file.asking_extents = range(first, first + count), task
+        return task
+
+    async def _learn_extents(self, file: File, first: Slot, count: int) -> None:
+        answer = await self._shared.session.query(GetExtents(file.inode, first, count), Extents)
+        file.learn_extents(answer, first)
+
+    def _ask_extents_ahead(self, file: File, begin: int, end: int) -> None:
+        """Ask for extents that a sequential reader comes to soon, so that it need not wait for them there."""
+        slots = self._slots(begin, min(end, file.size))
+        if len(slots) <= SLOTS_AT_ONCE and (slots[-1:] and slots[-1] not in file.slots):
+            missing = next(slot for slot in slots if slot not in file.slots)
+            self._ask_extents(file, Slot(missing), slots.stop - missing)
 
     def _plan(self, file: File, target: memoryview, offset: int) -> Iterator[Want]:
         """What must be fetched; dirty bytes and zeros are put in place. No await may come between the two."""
@@ -249,6 +270,7 @@ class Reader:
         window = min(max(READ_AHEAD_MIN, 2 * stream.sequential_bytes), self._shared.options.read_ahead_bytes_max)
         stream.ahead = max(stream.ahead, end)
         upto = min(end + window, file.size)
+        self._ask_extents_ahead(file, end, end + EXTENTS_AHEAD_FACTOR * window)
         # In whole units, so that the requests are few: less than one is left for the next read to ask for.
         while stream.ahead < upto and (upto - stream.ahead >= READ_AHEAD_UNIT or upto == file.size):
             until = min(stream.ahead - stream.ahead % READ_AHEAD_UNIT + READ_AHEAD_UNIT, upto)

@@ -106,9 +106,11 @@ class Volume:
         volume._space = Space(volume._shared, volume._writer, volume._reader)
         if not options.read_only:
             volume._begin_merging()
-            volume._shared.blocks.fetch_ahead()
-            volume._shared.inodes.fetch_ahead()
-        volume._shared.servers.connect_ahead()
+        if options.prepares:
+            volume._shared.servers.connect_ahead()
+            if not options.read_only:
+                volume._shared.blocks.fetch_ahead()
+                volume._shared.inodes.fetch_ahead()
         volume._tasks.spawn(volume._writer.run_timer())
         volume._tasks.spawn(volume._durability.run_timer())
         return volume
@@ -302,6 +304,8 @@ class Volume:
         except BaseException:
             self._opens.closed(file)
             raise
+        if truncating is None and file.attributes is not None:
+            self._names.recent.note_any(file.attributes)  # asked for next, by fstat and by a read up to the end
         return self._open_file(file, flags, keep_cache)
 
     async def open_made(self, attributes: Attributes, *, flags: int) -> OpenFile:

@@ -115,6 +115,7 @@ async def run_mount(role: MountChild, stop: asyncio.Event, say: Say) -> None:
         name=name,
         read_only=flags.is_read_only,
         open_timeout_s=OPEN_TIMEOUT_S,
+        prepares=True,
         wait_until_ready=role.waits,
     )
     volume = await Volume.open(world, options, secret, (lambda text: say(Waiting(text))) if role.waits else None)
