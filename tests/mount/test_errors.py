@@ -34,6 +34,7 @@ def test_mistakes_around_a_running_cluster(cluster: RealCluster, tmp_path: Path)
 
     wrong = tmp_path / "wrong"
     wrong.write_text("this is not the secret of that cluster\n")
+    wrong.chmod(0o600)
     meta = cluster.record().meta
     fails(cluster, 1, [meta, "secret"], "status", "--secret-file", wrong)
 
@@ -69,6 +70,7 @@ def test_mistakes_when_a_cluster_is_started_again(cluster: RealCluster, tmp_path
     secret.unlink()
     fails(cluster, 2, ["secret"], "up", "--detach")
     secret.write_text(own)
+    secret.chmod(0o600)
     fails(cluster, 1, ["does not answer", "mendfs up"], "status")
     cluster.up()
     assert (cluster.mnt / "file").read_text() == "kept"
@@ -79,7 +81,7 @@ def test_mistakes_when_a_cluster_is_started_again(cluster: RealCluster, tmp_path
     [
         (["up", "--detach", "--block-size", "4"], ["--block-size 4"]),
         (["up", "--detach", "--block-size", "many"], ["is no size", "4MiB"]),
-        (["up", "--detach", "--servers", "2"], ["3 replicas need at least 3 servers"]),
+        (["up", "--detach", "--servers", "2", "--replicas", "3"], ["3 replicas need at least 3 servers"]),
         (["up", "--detach", "--layout", "star"], ["--layout"]),
         (["up", "--detach", "--base-port", "70000"], ["--base-port 70000"]),
         (["status"], ["no cluster", "mendfs up"]),
@@ -98,6 +100,7 @@ def test_mistakes_without_a_cluster_leave_nothing_behind(
 def test_a_meta_server_that_does_not_answer_is_named(cluster: RealCluster, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(os.urandom(16).hex().encode())
+    secret.chmod(0o600)
     arguments = ["status", "--meta", "127.0.0.1:1", "--secret-file", secret]
     fails(cluster, 1, ["127.0.0.1:1 does not answer", "--meta"], *arguments, env={})
     fails(cluster, 2, ["secret is needed"], "status", "--meta", "127.0.0.1:1", env={})
