@@ -46,12 +46,12 @@ def _packages(name: str, found: set[str]) -> set[str]:
 
 
 def copy_packages(target: Path) -> None:
-    """mendfs and everything it imports."""
-    shutil.copytree(SOURCES / "mendfs", target / "mendfs", ignore=shutil.ignore_patterns("__pycache__"))
+    """mendfs and everything it imports; compiled modules too, for every command would compile them anew."""
+    shutil.copytree(SOURCES / "mendfs", target / "mendfs")
     for package in _packages("mendfs", set()) - {"mendfs"}:
         for file in importlib.metadata.files(package) or []:
             source = Path(str(file.locate()))
-            if ".." not in file.parts and "__pycache__" not in file.parts and source.is_file():
+            if ".." not in file.parts and source.is_file():
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target / file)
 

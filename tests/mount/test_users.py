@@ -190,7 +190,7 @@ for name, change in changes.items():
 print(open("file").read(), sorted(os.listdir(".")), os.access("file", os.W_OK))
 """
     path = user.folder("read-only")
-    for options in (("--read-only",), ("-o", "ro"), ("-o", "rw", "--read-only")):
+    for options in (("-o", "ro"), ("-o", "rw", "--read-only")):
         with mounted(theirs, path, *options):
             assert user.check(user.python, "-c", script, path) == "x\n ['d', 'file'] False\n"
 
