@@ -1,10 +1,14 @@
 """The meta server's disk is full, read-only, hangs, or its folder is not what it was: real processes, a real disk."""
 
+import contextlib
 import errno
 import os
+import resource
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,6 +233,125 @@ def test_a_damage_found_at_a_restart_ends_the_trying(cluster: RealCluster) -> No
     cluster.down()
     cluster.up()
     assert (cluster.mnt / "f").read_bytes() == b"durable"
+
+
+def test_a_folder_deleted_under_the_server_ends_it_before_anything_more_is_acknowledged(cluster: RealCluster) -> None:
+    """Files without a name can still be synced, and keep nothing."""
+    cluster.up("--servers", 1, "--replicas", 1)
+    (cluster.mnt / "f").write_bytes(b"before")
+    os.sync()
+    shutil.copytree(cluster.dir / "meta", cluster.path / "copy")
+    shutil.rmtree(cluster.dir / "meta")
+    with writing_durably(cluster.mnt / "g") as writer:
+        until(lambda: "is gone" in stop_reason(cluster), within_s=20)
+        assert "was deleted under the server" in supervisor_log(cluster)
+        assert writer.poll() is None, "the fsync waits"
+        shutil.move(cluster.path / "copy", cluster.dir / "meta")
+        cluster.command("down", "--timeout", 1)
+        assert writer.wait(60) != 0, "and is never told a lie"
+    cluster.up()
+    assert (cluster.mnt / "f").read_bytes() == b"before"
+
+
+def test_without_descriptors_the_server_neither_spins_nor_dies(cluster: RealCluster) -> None:
+    """Connections that cannot be accepted wait; a table that cannot be opened means a new life, and nothing is lost."""
+    cluster.up("--servers", 1, "--replicas", 1)
+    pid = cluster.pid("meta")
+    allowed = len(os.listdir(f"/proc/{pid}/fd")) + 4
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (allowed, allowed))
+    host, _, port = cluster.record().meta.rpartition(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+        until(lambda: len(os.listdir(f"/proc/{pid}/fd")) >= allowed - 1, within_s=10)
+        before_s, began_s = cpu_seconds(pid), time.monotonic()
+        for number in range(50):
+            (cluster.mnt / f"f{number}").write_bytes(b"served")
+        used = (cpu_seconds(pid) - before_s) / (time.monotonic() - began_s)
+        assert used < 0.8, "it spins"
+        # 16 MiB of metadata: the next log cannot be opened.
+        for number in range(300):
+            os.setxattr(cluster.mnt / f"f{number % 50}", f"user.{number // 50}", os.urandom(60_000))
+    assert "Too many open files: allow the process more descriptors" in supervisor_log(cluster)
+    assert cluster.pid("meta") != pid
+    assert sum(len(os.listxattr(cluster.mnt / f"f{number}")) for number in range(50)) == 300
+    cluster.down()
+
+
+def test_a_hung_disk_is_waited_for_and_said(cluster: RealCluster) -> None:
+    with frozen_disk(cluster) as frozen:
+        cluster.up("--servers", 1, "--replicas", 1)
+        (cluster.mnt / "f").write_bytes(b"before")
+        frozen.freeze()
+        with writing_durably(cluster.mnt / "g") as writer:
+            # Either the loop stands in a write, or a sync in its thread: both are said.
+            until(lambda: "does the disk below" in stop_reason(cluster) or sync_hangs(cluster), within_s=30)
+            assert writer.poll() is None
+            frozen.thaw()
+            assert writer.wait(60) == 0
+        assert (cluster.mnt / "g").read_bytes() == b"durable"
+        until(lambda: cluster.json("status")["health"] == "whole", within_s=30)
+        cluster.down()
+
+
+def sync_hangs(cluster: RealCluster) -> bool:
+    return "the log's sync hangs" in (cluster.dir / "logs" / "meta.log").read_text()
+
+
+@contextlib.contextmanager
+def writing_durably(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that writes a file and syncs it; ended with status 0 if that worked.
+
+    A process of its own: whatever is forked here while a file of a hung mount is open would hang closing its copy.
+    """
+    script = "import os, sys\nwith open(sys.argv[1], 'wb') as f:\n f.write(b'durable'); f.flush(); os.fsync(f.fileno())"
+    writer = subprocess.Popen([sys.executable, "-c", script, str(path)], stderr=subprocess.DEVNULL)
+    try:
+        yield writer
+    finally:
+        writer.kill()
+        writer.wait(60)
+
+
+class FreezableDisk:
+    """An ext4 on a loop device, for a tmpfs cannot be frozen."""
+
+    def __init__(self, path: Path, image: Path) -> None:
+        self.path = path
+        self._is_frozen = False
+        path.mkdir(parents=True)
+        with open(image, "wb") as file:
+            file.truncate(96 * MiB)
+        for command in (["mkfs.ext4", "-q", str(image)], ["mount", "-o", "loop", str(image), str(path)]):
+            try:
+                subprocess.run(command, check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no file system of its own can be made here: {error}")
+
+    def freeze(self) -> None:
+        subprocess.run(["fsfreeze", "-f", str(self.path)], check=True)
+        self._is_frozen = True
+
+    def thaw(self) -> None:
+        if self._is_frozen:
+            subprocess.run(["fsfreeze", "-u", str(self.path)], check=True)
+            self._is_frozen = False
+
+
+@contextlib.contextmanager
+def frozen_disk(cluster: RealCluster) -> Iterator[FreezableDisk]:
+    made = FreezableDisk(cluster.dir / "meta", cluster.path / "image")
+    try:
+        yield made
+    finally:
+        made.thaw()
+        cluster.clean_up()
+        subprocess.run(["umount", "-l", str(made.path)], capture_output=True)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_folder_that_may_not_be_read_is_said(cluster: RealCluster) -> None:

@@ -17,7 +17,6 @@ from mendfs.meta.room import BUFFER_MAX, BUFFER_MIN, Room, write_buffer_bytes
 from mendfs.meta.server import ROOM_NEEDED
 from mendfs.model import GiB, Inode, MiB
 from mendfs.wire.messages.meta import GetStatus, MetaMessage, StatusReport
-from mendfs.world.stalls import StallWatch
 from tests.unit.client_tools import cluster, contents, until, write_file
 
 
@@ -148,26 +147,6 @@ def test_room_is_kept_back_for_removals() -> None:
         assert 4 * write_buffer_bytes(total) <= kept_back
     assert write_buffer_bytes(1) == BUFFER_MIN
     assert write_buffer_bytes(1 << 50) == BUFFER_MAX
-
-
-async def test_a_loop_that_stands_still_is_told_while_it_does(capfd: pytest.CaptureFixture[str]) -> None:
-    import threading
-
-    seen = threading.Event()
-
-    class Watch(StallWatch):
-        @staticmethod
-        def _say(text: str) -> None:
-            StallWatch._say(text)
-            seen.set()
-
-    with Watch("the meta server does not answer", stalled_s=0.2):
-        assert seen.wait(10), "the loop stood still all that time"
-        seen.clear()
-        await until(seen.is_set)
-    said = capfd.readouterr().err.splitlines()
-    assert said[0].endswith("the meta server does not answer")
-    assert "it answers again" in said[1]
 
 
 def test_every_change_says_what_it_needs_of_the_disk() -> None:

@@ -78,7 +78,8 @@ def why_silent(located: Located, error: Unreachable) -> MendfsError:
     folder = ClusterFolder(LocalDisk(), located.dir)
     trouble = folder.read_troubles().get("meta")
     if trouble:
-        return MendfsError(f"the meta server stopped: {trouble}")
+        what = "hangs" if trouble.startswith("it runs") else "stopped"
+        return MendfsError(f"the meta server {what}: {trouble}")
     record = folder.read()
     for child in record.children if record is not None else ():
         if child.name == "meta" and LocalProcesses().identity(child.process.pid) == child.process:

@@ -185,9 +185,9 @@ class ClusterFolder:
                 self._disk.unlink(self.inside(name))
 
     def holds_store(self) -> bool:
-        """Whether there is a meta server's store."""
+        """Whether there is a meta server's store; a disk that was just mounted there is none."""
         path = self.inside("meta")
-        return self._disk.exists(path) and bool(self._disk.names(path))
+        return self._disk.exists(path) and any(name != "lost+found" for name in self._disk.names(path))
 
     def _read_lines(self, name: str) -> tuple[str, ...]:
         raw = self._read_if_there(name)

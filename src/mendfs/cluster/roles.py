@@ -37,28 +37,26 @@ async def run_meta(role: MetaChild, stop: asyncio.Event, say: Say) -> None:
     from mendfs.meta.room import write_buffer_bytes
     from mendfs.meta.server import MetaOptions, start_meta
     from mendfs.meta.volume import check_volume, format_volume
-    from mendfs.world.stalls import StallWatch
 
     world = real_world()
     secret = read_secret(world.disk, role.secret_path)
     if role.volume is None and not (world.disk.exists(role.dir) and world.disk.names(role.dir)):
         # Said before a store is made, or the next try would find an empty one.
         raise UsageError(f'there is no volume in {os.path.dirname(role.dir)}: make one with "mendfs format"')
-    with StallWatch(f"the meta server does not answer: does the disk below {role.dir} hang?"):
-        engine = await RocksEngine.open(
-            role.dir,
-            write_buffer_bytes=write_buffer_bytes(_disk_bytes(world, role.dir)),
-            may_create=role.may_format,
-        )
-        if not await check_volume(engine, role.volume, may_format=role.may_format, where=role.dir):
-            assert role.volume is not None, "else it would have been refused"
-            await format_volume(engine, role.volume, world, uid=os.geteuid(), gid=os.getegid())
-        server = await start_meta(world, engine, MetaOptions(listen=role.listen, dir=role.dir), secret)
-        say(Ready(server.address, server.state.volume))
-        try:
-            await first_of(stop.wait(), server.state.failed)
-        finally:
-            await server.close()
+    engine = await RocksEngine.open(
+        role.dir,
+        write_buffer_bytes=write_buffer_bytes(_disk_bytes(world, role.dir)),
+        may_create=role.may_format,
+    )
+    if not await check_volume(engine, role.volume, may_format=role.may_format, where=role.dir):
+        assert role.volume is not None, "else it would have been refused"
+        await format_volume(engine, role.volume, world, uid=os.geteuid(), gid=os.getegid())
+    server = await start_meta(world, engine, MetaOptions(listen=role.listen, dir=role.dir), secret)
+    say(Ready(server.address, server.state.volume))
+    try:
+        await first_of(stop.wait(), server.state.failed)
+    finally:
+        await server.close()
     if server.state.failed.done():
         raise server.state.failed.result()
 

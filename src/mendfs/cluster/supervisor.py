@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from mendfs.cluster.answering import Answering
 from mendfs.cluster.backoff import Backoff
 from mendfs.cluster.child import FLUSH_TIMEOUT_S, Failed, MetaChild, MountChild, Ready, Report, Role
 from mendfs.cluster.folder import ChildRecord, ClusterFolder, ClusterRecord
@@ -81,8 +82,11 @@ class Supervisor:
         except BaseException:
             await self.stop(timeout_s=0)
             raise
+        for kept in self.kept:
+            if isinstance(kept.role, MetaChild):
+                # From now on an empty folder is a lost one.
+                kept.role = msgspec.structs.replace(kept.role, may_format=False)
         if not self._record.is_formatted:
-            # From now on an empty folder is a lost one.
             self._record = msgspec.structs.replace(self._record, is_formatted=True)
             self._folder.write(self._record)
 
@@ -91,6 +95,17 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             for kept in self.kept:
                 group.create_task(self._keep(kept))
+                if isinstance(kept.role, MetaChild):
+                    group.create_task(self._watch(kept, kept.role))
+
+    async def _watch(self, kept: Kept, role: MetaChild) -> None:
+        """Say so when it hangs. It is not killed for that: nothing could be stored by its successor either."""
+
+        def tell(trouble: str) -> None:
+            if kept.is_up:
+                self._trouble(kept, trouble, "hangs")
+
+        await Answering(self._world, address=role.listen, secret_path=role.secret_path, store=role.dir, tell=tell).run()
 
     async def stop(self, *, timeout_s: float = FLUSH_TIMEOUT_S) -> tuple[str, ...]:
         """Stop all in order; past the timeout they are killed. Returns a line for each thing that was not flushed."""
@@ -185,9 +200,11 @@ class Supervisor:
         """Say why a process is not running, once, and write it down for `status`; an empty text: it is."""
         if text == kept.trouble:
             return
-        kept.trouble = text
+        was, kept.trouble = kept.trouble, text
         if text:
             self.notice(f"{kept.name} {what}: {text}")
+        elif kept.is_up and was.startswith("it runs"):
+            self.notice(f"{kept.name} answers again")
         try:
             self._folder.write_troubles({each.name: each.trouble for each in self.kept if each.trouble})
         except OSError as error:

@@ -8,6 +8,7 @@ touched, for what is damaged now may still be put back. docs/formats/mark.md has
 """
 
 import contextlib
+import errno
 import os
 import re
 import struct
@@ -140,7 +141,10 @@ class Mark:
         return mark
 
     def write(self, sequence: int, at_s: float) -> None:
-        """Say that everything up to `sequence` is synced. Only after it is."""
+        """Say that everything up to `sequence` is synced. Only after it is. Raises OSError."""
+        if not os.fstat(self._fd).st_nlink:
+            # Syncs of files without a name succeed, and keep nothing.
+            raise OSError(errno.ENOENT, f"the folder {self._path} was deleted under the server")
         body = _MARK.pack(_MARK_MAGIC, sequence)
         os.pwrite(self._fd, body + _MARK_SUM.pack(xxh3_64_intdigest(body)), 0)
         if at_s - self._synced_s >= _MARK_SYNC_EVERY_S:

@@ -1,6 +1,7 @@
 """Connecting and serving: how a `Peer` comes to be. Everything above the wire imports from here."""
 
 import asyncio
+import resource
 from collections.abc import Callable
 
 import structlog
@@ -36,6 +37,8 @@ HANDSHAKE_S = 5.0
 """What a stranger has to prove itself."""
 STRANGERS_MAX = 256
 """Connections in their handshake; one more is closed at once."""
+DESCRIPTORS_SPARED = 512
+"""Of those that the process may have, for files: 128 tables, logs, segments. Of few, half."""
 
 
 async def connect(
@@ -82,6 +85,12 @@ async def connect(
                 peer.abort(Unreachable("the handshake was not finished"))
 
 
+def connections_max() -> int:
+    """Connections that leave enough descriptors for the disk: a store that cannot open a file has to stop."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(allowed - DESCRIPTORS_SPARED, allowed // 2)
+
+
 class Server:
     """Accepts connections until `close`, which ends those it accepted too."""
 
@@ -104,6 +113,7 @@ class Server:
         self._on_opened = on_opened
         self._on_closed = on_closed
         self._pool = pool
+        self._most = connections_max()
         self._listener: Listener
 
     @property
@@ -135,13 +145,16 @@ class Server:
             pool=self._pool,
         )
         loop = asyncio.get_running_loop()
-        wait_s = HANDSHAKE_S if len(self._strangers) < STRANGERS_MAX else 0
+        is_crowded = len(self._strangers) >= STRANGERS_MAX or len(self.peers) + len(self._strangers) >= self._most
+        wait_s = 0 if is_crowded else HANDSHAKE_S
         self._strangers[peer] = loop.call_later(wait_s, self._expire, peer)
         return peer
 
     def _expire(self, peer: Peer) -> None:
         reason: MendfsError = DeadlineExceeded(f"no handshake within {HANDSHAKE_S:g} s")
-        if len(self._strangers) > STRANGERS_MAX:
+        if len(self.peers) + len(self._strangers) > self._most:
+            reason = Unreachable(f"more than {self._most} connections: the process has no descriptors for more")
+        elif len(self._strangers) > STRANGERS_MAX:
             reason = Unreachable(f"more than {STRANGERS_MAX} connections in their handshake")
         log.warning("connection closed", remote=peer.remote_address, reason=str(reason))
         peer.abort(reason)
