@@ -4,6 +4,7 @@ A user never sees a traceback: what we did not foresee is one line too, with the
 they need when they run, so that `mendfs --help` and small commands answer at once.
 """
 
+import io
 import os
 import sys
 import traceback
@@ -67,6 +68,16 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _write_whole() -> None:
+    """With PYTHONUNBUFFERED, Python drops what a pipe does not take in one write: a long document would end early."""
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.RawIOBase):
+        whole = io.BufferedWriter(raw)
+        sys.stdout = io.TextIOWrapper(
+            whole, encoding=sys.stdout.encoding, errors=sys.stdout.errors, line_buffering=True
+        )
+
+
 def _unforeseen(error: Exception) -> int:
     # Wrong usage, in the words of the option parser; it has no public base class to be caught by.
     message = getattr(error, "format_message", None)
@@ -83,6 +94,7 @@ def _unforeseen(error: Exception) -> int:
 
 def main() -> None:
     """The entry point of the `mendfs` command."""
+    _write_whole()
     sys.exit(run(sys.argv[1:]))
 
 
