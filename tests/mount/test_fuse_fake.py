@@ -1,6 +1,7 @@
 """What needs a hand in the volume: errors, waiting, other mounts. The volume is one in memory."""
 
 import errno
+import mmap
 import os
 import shlex
 import signal
@@ -59,6 +60,18 @@ def test_fsync_reaches_the_volume(fake: Mounted) -> None:
         os.fsync(fd)
     assert fake.volume.calls.count(("fsync", inode)) == 2
     assert ("sync_committed", ROOT_INODE) in fake.volume.calls
+
+
+@pytest.mark.parametrize("also", [0, os.O_APPEND, os.O_DIRECT, os.O_APPEND | os.O_DIRECT])
+@pytest.mark.parametrize("synchronous", [os.O_DSYNC, os.O_SYNC])
+def test_a_synchronous_write_reaches_the_volume_as_an_fsync(fake: Mounted, also: int, synchronous: int) -> None:
+    """A log opened with O_APPEND and O_DSYNC, say: a write that has returned must survive a power cut."""
+    fd = os.open(fake.path / "log", os.O_WRONLY | os.O_CREAT | synchronous | also)
+    try:
+        os.write(fd, mmap.mmap(-1, 4096))
+        assert ("fsync", Inode(os.fstat(fd).st_ino)) in fake.volume.calls
+    finally:
+        os.close(fd)
 
 
 def test_close_tells_what_went_wrong(fake: Mounted) -> None:

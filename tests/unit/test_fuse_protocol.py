@@ -1,6 +1,7 @@
 """The kernel's protocol byte by byte: one table for each direction, and bytes no kernel would send."""
 
 import contextlib
+import os
 import stat
 import struct
 from collections.abc import Callable
@@ -130,11 +131,11 @@ def test_setattr_reads_only_what_counts() -> None:
 
 def test_header_and_write_are_read_from_the_first_buffer() -> None:
     head = struct.pack("=IIQQIIIHH", 80 + 5, constants.WRITE, 12, 34, 1000, 100, 4321, 0, 0)
-    head += struct.pack("=QQIIQII", 3, 4096, 5, 1 | 4, 0, 0, 0)
+    head += struct.pack("=QQIIQII", 3, 4096, 5, 1 | 4, 0, os.O_WRONLY | os.O_SYNC, 0)
     assert len(head) == requests.HEAD_BYTES == 80
     header = requests.parse_header(head, 85)
     assert header == requests.Header(85, constants.WRITE, 12, 34, 1000, 100, 4321, 0, 0)
-    assert requests.Write.parse_head(head, 85) == requests.Write(3, 4096, 5, True, True)
+    assert requests.Write.parse_head(head, 85) == requests.Write(3, 4096, 5, True, True, True)
     for length in (84, 86, 40, 0, 80 + (1 << 20) + 1):
         with pytest.raises(BadMessage):
             requests.parse_header(head, length)

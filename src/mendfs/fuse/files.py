@@ -178,7 +178,7 @@ class Files:
         opened = self._handles.get(request.handle)
         if request.kill_suid_sgid and opened.has_set_id:
             return False
-        if request.is_from_cache and opened.is_append:
+        if opened.is_append and (request.is_from_cache or request.is_synchronous):
             return False
         return opened.file.try_write(data, request.offset)
 
@@ -188,7 +188,11 @@ class Files:
         if request.kill_suid_sgid:
             await self._clear_set_id(opened)
         file = await self._positional(opened) if request.is_from_cache and opened.is_append else opened.file
-        return protocol_replies.written(await file.write(data, request.offset))
+        count = await file.write(data, request.offset)
+        if request.is_synchronous and opened.is_append and not request.is_from_cache:
+            # Past its page cache (FOPEN_DIRECT_IO) the kernel sends no fsync after such a write; otherwise it does.
+            await file.fsync(datasync=True)
+        return protocol_replies.written(count)
 
     async def _clear_set_id(self, opened: OpenFile) -> None:
         if opened.has_set_id:

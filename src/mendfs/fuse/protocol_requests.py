@@ -5,6 +5,7 @@ whole body and raises BadMessage for one that is cut, overlong or without its NU
 Offsets and sizes are in bytes, `node` is the inode number, `handle` what we answered to an open.
 """
 
+import os
 from struct import Struct, error
 from typing import NamedTuple, Self
 
@@ -303,17 +304,19 @@ class Write(NamedTuple):
     is_from_cache: bool
     """A page of a shared mapping, sent through whichever writable handle the kernel found: the offset is what counts,
     even if that handle appends."""
+    is_synchronous: bool
+    """O_DSYNC or RWF_DSYNC: durable before the answer, where the kernel does not send an fsync by itself."""
 
     @classmethod
     def parse_head(cls, head: bytes | bytearray, length: int) -> Self:
         """From the whole first buffer of a request of `length` bytes."""
         if length < HEAD_BYTES:
             raise BadMessage(f"a FUSE write request of {length} bytes")
-        handle, offset, size, flags, _, _, _ = WRITE_BODY.unpack_from(head, HEADER_BYTES)
+        handle, offset, size, flags, _, file_flags, _ = WRITE_BODY.unpack_from(head, HEADER_BYTES)
         if size != length - HEAD_BYTES:
             raise BadMessage(f"a FUSE write request says it has {size} bytes of data, but {length - HEAD_BYTES} came")
         kill, is_from_cache = flags & constants.WRITE_KILL_SUIDGID != 0, flags & constants.WRITE_CACHE != 0
-        return cls(handle, offset, size, kill, is_from_cache)
+        return cls(handle, offset, size, kill, is_from_cache, file_flags & os.O_DSYNC != 0)
 
 
 class Release(NamedTuple):
