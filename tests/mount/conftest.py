@@ -163,6 +163,8 @@ def program_cluster() -> Iterator[RealCluster]:
 def place(request: pytest.FixtureRequest, program_cluster: RealCluster) -> Iterator[Place]:
     """A directory on the mount for one test, of root or of the user that `indirect` parameters name."""
     user: str = getattr(request, "param", "root")
+    if user != "root" and os.geteuid() != 0:
+        pytest.skip("needs root: it is another user's")
     # Short: the path of a Unix socket in it may have 107 bytes.
     name = f"place-{len(os.listdir(program_cluster.mnt))}"
     made = Place(program_cluster, program_cluster.mnt / name, program_cluster.path / name, user)

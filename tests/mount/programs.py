@@ -13,6 +13,7 @@ import stat
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,8 +89,11 @@ class Place:
         self.path = path
         self.local = local
         self.user = user
-        who = pwd.getpwnam(user)
+        is_root = os.geteuid() == 0
+        who = pwd.getpwnam(user) if is_root else pwd.getpwuid(os.geteuid())
         self.owner = who.pw_uid, who.pw_gid
+        # Only root may say who a program is; an ordinary user's tests are all their own.
+        self._become: dict[str, Any] = {"user": who.pw_uid, "group": who.pw_gid, "extra_groups": []} if is_root else {}
         self._processes: list[subprocess.Popen[str]] = []
 
     def start(
@@ -105,10 +109,8 @@ class Place:
             errors="replace",
             cwd=cwd or self.path,
             env={"PATH": PATH, "HOME": str(self.local), "LC_ALL": "C.UTF-8", "TMPDIR": "/tmp", **environment},
-            user=self.owner[0],
-            group=self.owner[1],
-            extra_groups=[],
             start_new_session=True,
+            **self._become,
         )
         self._processes.append(process)
         return process

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.programs import PYTHON, Place, as_both_users, digests, lines, need, system_library
-from tests.real_cluster import needs_mounts
+from tests.real_cluster import needs_mounts, needs_root
 
 pytestmark = [needs_mounts, pytest.mark.timeout(300)]
 
@@ -48,6 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
+@needs_root
 def test_rsync_copies_once_and_then_finds_nothing_to_do(place: Place, source: Path) -> None:
     need("rsync")
     copy = place.path / "copy"
@@ -77,6 +78,7 @@ def test_rsync_copies_once_and_then_finds_nothing_to_do(place: Place, source: Pa
     assert digests(copy) == expected
 
 
+@needs_root
 @as_both_users
 def test_tar_out_and_in_keeps_every_file(place: Place, source: Path, tmp_path: Path) -> None:
     need("tar")
@@ -106,6 +108,7 @@ def test_tar_out_and_in_keeps_every_file(place: Place, source: Path, tmp_path: P
         place.run("tar", "-df", here if place.user == "root" else there, "-C", second / "copy")
 
 
+@needs_root
 def test_cp_and_diff_and_removal_of_a_tree(place: Place, source: Path) -> None:
     copy, again = place.path / "copy", place.path / "again"
     place.run("cp", "-a", source, copy)
