@@ -87,6 +87,8 @@ REQUESTS: list[tuple[str, Parse, bytes, object]] = [
     ),
     ("release", requests.Release.parse, struct.pack("=QIIQ", 3, 0, 0, 0), requests.Release(3)),
     ("flush", requests.Flush.parse, struct.pack("=QIIQ", 3, 0, 0, 77), requests.Flush(3)),
+    ("fallocate", requests.Allocate.parse, struct.pack("=QQQII", 3, 4, 5, 17, 0), requests.Allocate(3, 4, 5, 17)),
+    ("lseek", requests.Seek.parse, struct.pack("=QQII", 3, 4, 4, 0), requests.Seek(3, 4, 4)),
     ("fsync", requests.Fsync.parse, struct.pack("=QII", 3, 1, 0), requests.Fsync(3, True)),
     (
         "setxattr",
