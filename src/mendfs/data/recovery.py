@@ -136,7 +136,7 @@ class Recovery:
         is_better = (segment.id == expected, path == right_path) > (other.id == expected, other.file.path == right_path)
         left = other if is_better else segment
         text = f"{left.file.path} says that it is segment {left.number}, as another file does: left alone; move it away"
-        self._watch.trouble(f"twice {left.number}", text)
+        self._watch.trouble(f"twice {left.file.path}", text)
         if is_better:
             self._segments.drop(other)
         else:

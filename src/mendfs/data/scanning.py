@@ -60,7 +60,7 @@ class _Window:
         self.unreadable_bytes = 0
         self._file = file
         self._begin = 0
-        self._buffer = bytearray(window_bytes)
+        self._buffer = bytearray(align(min(window_bytes, max(size, 1))))
         self._length = 0
 
     def get(self, offset: int, length: int) -> memoryview:
