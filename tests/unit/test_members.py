@@ -1,8 +1,10 @@
 """The clocks that decide about data servers: events in, decisions out, no time but what the test says."""
 
 import msgspec
+import pytest
 
 from mendfs.meta.members import DISK_STUCK_S, DOWN_AFTER_S, TICK_S, Decision, Member, Members
+from mendfs.meta.status import room_for_copies
 from mendfs.model import Generation, Incarnation, ServerNumber, StoreHealth
 from mendfs.wire.messages import data as messages
 
@@ -68,15 +70,14 @@ def test_our_own_pause_does_not_count_against_servers() -> None:
     assert len(tick_to(members, 63.0, 64.0)) == 1
 
 
-def test_a_stuck_disk_counts_as_silence() -> None:
+def test_a_stuck_disk_is_down_at_once_and_stays_so_until_it_answers() -> None:
     members = members_with_one()
-    at_s = 0.0
-    while at_s < DOWN_AFTER_S + 1:
-        members.heard(ZERO, beat(oldest_disk_operation_s=DISK_STUCK_S + at_s + 1), at_s)
-        members.tick(at_s)
-        at_s += TICK_S
+    stuck = beat(oldest_disk_operation_s=DISK_STUCK_S + 0.1)
+    assert members.heard(ZERO, beat(oldest_disk_operation_s=DISK_STUCK_S), 1.0) == Decision()
+    assert members.heard(ZERO, stuck, 1.5) == Decision(publish=True, raise_epoch=True)
     assert [member.state() for member in members] == ["down"]
-    assert members.heard(ZERO, beat(), at_s) == Decision(publish=True, raise_epoch=True)
+    assert members.heard(ZERO, stuck, 2.0) == Decision()
+    assert members.heard(ZERO, beat(), 2.5) == Decision(publish=True, raise_epoch=True)
     assert [member.state() for member in members] == ["up"]
 
 
@@ -85,3 +86,21 @@ def test_a_number_is_wanted_or_the_lowest_free_one() -> None:
     assert members.free_number(ServerNumber(3)) == 3
     assert members.free_number(ZERO) == 1
     assert members.free_number(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("free", "replicas", "room"),
+    [
+        ([100, 100, 100], 3, 100),
+        ([100, 100, 100, 100], 2, 200),
+        ([1000, 10, 1000], 3, 10),
+        ([1000, 10, 10], 2, 20),
+        ([1000, 500, 10, 10], 3, 20),
+        ([70, 50], 3, 50),
+        ([70], 3, 70),
+        ([], 3, 0),
+        ([0, 0, 5], 2, 0),
+    ],
+)
+def test_room_is_what_fits_with_all_its_copies_on_different_servers(free: list[int], replicas: int, room: int) -> None:
+    assert room_for_copies(free, replicas) == room

@@ -121,7 +121,11 @@ class RocksEngine(OptimisticEngine):
             finally:
                 self._mark.close()
         except Exception as error:  # rocksdict raises no narrower class
-            raise self._failed("cannot be closed", error) from None
+            # It is still open then, and locked. What ends it is that nobody holds it any more: whoever made room on its
+            # disk opens the folder again in this process.
+            failed = self._failed("cannot be closed", error)
+            del self._database, self._get, error
+            raise failed from None
 
     def _flush(self, sequence: int, at_s: float) -> None:
         try:

@@ -102,12 +102,14 @@ def _in_use(path: str) -> UsageError:
 def _is_in_use(lock: str) -> bool:
     """Whether somebody holds RocksDB's lock. Not by trying: closing the file would take a lock of our own away."""
     try:
-        inode = os.stat(lock).st_ino
+        status = os.stat(lock)
         with open("/proc/locks", "rb") as file:
             held = [line.decode().split() for line in file]
     except OSError:
         return False  # no file, no lock; without /proc RocksDB says it later
-    return any(fields[-3].rpartition(":")[2] == str(inode) for fields in held if len(fields) >= 8)
+    # With the device: a tmpfs counts its inodes from 1, as every other one does.
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    return any(fields[-3] == device for fields in held if len(fields) >= 8)
 
 
 def damaged(path: str, what: str, *, otherwise: str = "") -> StoreDamaged:

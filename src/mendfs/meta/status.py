@@ -1,5 +1,6 @@
 """The document that `mendfs status --json` prints (the command line's contract), from what the meta server knows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -119,6 +120,19 @@ def volume_stat(state: State, files: int) -> messages.VolumeStat:
     """What fits with R copies on the servers that are up, in bytes of user data."""
     healths = [member.health for member in state.members if not member.down and member.health is not None]
     replicas = state.volume.replicas
-    free = sum(health.bytes_free for health in healths) // replicas
+    free = room_for_copies([health.bytes_free for health in healths], replicas)
     used = sum(health.bytes_used for health in healths) // replicas
     return messages.VolumeStat(bytes_total=free + used, bytes_free=free, files=files)
+
+
+def room_for_copies(free: Sequence[int], replicas: int) -> int:
+    """The bytes of which each can be stored on `replicas` different servers, or on all if there are fewer.
+
+    A server with more room than all others together cannot use it: each byte's other copies lie elsewhere.
+    """
+    left = sorted(free, reverse=True)
+    copies = min(replicas, len(left))
+    while copies > 1 and left[0] * copies > sum(left):
+        left.pop(0)
+        copies -= 1
+    return sum(left) // copies if copies else 0

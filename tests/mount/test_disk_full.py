@@ -1,0 +1,285 @@
+"""Disks of data servers that are full, filled by others, read-only, or hang: what applications and people see.
+
+The folders of the servers lie on small file systems of their own (tmpfs, and ext4 on a loop device).
+"""
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.real_cluster import RealCluster, needs_mounts, until
+
+pytestmark = [needs_mounts, pytest.mark.timeout(300)]
+
+MiB = 1 << 20
+SMALL = 64 * MiB
+
+
+def run(*command: object) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def is_possible(*command: object) -> bool:
+    return subprocess.run([str(part) for part in command], capture_output=True, timeout=60).returncode == 0
+
+
+class Disks:
+    """A file system for the folder of each data server."""
+
+    def __init__(self, cluster: RealCluster) -> None:
+        self.cluster = cluster
+        self._thaws: list[threading.Timer] = []
+
+    def folder(self, server: int) -> Path:
+        return self.cluster.dir / f"data-{server}"
+
+    def memory(self, server: int, size: int) -> None:
+        """A tmpfs of `size` bytes, or make the one that is there as big."""
+        folder = self.folder(server)
+        if os.path.ismount(folder):
+            run("mount", "-o", f"remount,size={size}", folder)
+            return
+        folder.mkdir(parents=True)
+        if not is_possible("mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "mendfs-test", folder):
+            pytest.skip("a tmpfs cannot be mounted here")
+
+    def ext4(self, server: int) -> None:
+        """An ext4 in a file."""
+        image, folder = self.cluster.path / f"disk-{server}", self.folder(server)
+        folder.mkdir(parents=True)
+        image.touch()
+        os.truncate(image, 256 * MiB)
+        made = is_possible("mkfs.ext4", "-q", image) and is_possible("mount", "-o", "loop", image, folder)
+        if not made:
+            pytest.skip("no ext4 on a loop device can be made here")
+
+    def freeze(self, server: int) -> None:
+        """Whatever writes to it waits. It thaws by itself in time, for a frozen process cannot be killed."""
+        run("fsfreeze", "-f", self.folder(server))
+        thaw = threading.Timer(60, self.thaw, [server])
+        thaw.start()
+        self._thaws.append(thaw)
+
+    def thaw(self, server: int) -> None:
+        is_possible("fsfreeze", "-u", self.folder(server))
+
+    def clean_up(self) -> None:
+        for thaw in self._thaws:
+            thaw.cancel()
+        folders = [folder for folder in self.cluster.dir.glob("data-*") if os.path.ismount(folder)]
+        for folder in folders:
+            is_possible("fsfreeze", "-u", folder)
+        self.cluster.clean_up()
+        for folder in folders:
+            is_possible("umount", "-l", folder)
+
+    def troubles(self, server: int) -> str:
+        return " ".join(self.server(server)["troubles"])
+
+    def server(self, server: int) -> Any:
+        return self.cluster.json("status")["servers"][server]
+
+
+@pytest.fixture
+def disks(cluster: RealCluster) -> Iterator[Disks]:
+    made = Disks(cluster)
+    try:
+        yield made
+    finally:
+        made.clean_up()
+
+
+def store(path: Path, data: bytes) -> None:
+    """Write and fsync; the first error of write, fsync or close is raised."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        raise
+    os.close(fd)
+
+
+def error_of(action: Callable[[], object]) -> int | None:
+    try:
+        action()
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def test_full_servers_are_written_round_and_when_all_are_full_the_application_is_told(disks: Disks) -> None:
+    for server, size in enumerate((1024 * MiB, SMALL, 1024 * MiB)):
+        disks.memory(server, size)
+    disks.cluster.up("--servers", 3)
+    one_server_is_full(disks)
+    for server in (0, 2):
+        disks.memory(server, SMALL)
+    until(lambda: disks.server(0)["bytes_free"] < SMALL, within_s=5)
+    all_servers_are_full(disks)
+
+
+def one_server_is_full(disks: Disks) -> None:
+    """Writing goes on; what is freed is room again, on the disk and in what the server says."""
+    cluster = disks.cluster
+    first = random.Random(1).randbytes(90 * MiB)
+    store(cluster.mnt / "first", first)
+    until(lambda: "no new blocks are taken" in disks.troubles(1), within_s=10)
+    status = cluster.json("status")
+    assert status["health"] == "degraded" and status["owed"] > 0
+    assert [server["state"] for server in status["servers"]] == ["up"] * 3
+    assert disks.server(1)["bytes_used"] < SMALL and disks.server(0)["bytes_used"] > 90 * MiB
+    free = os.statvfs(cluster.mnt)
+    assert free.f_bavail * free.f_frsize < 5 * MiB, "with all copies there is room for no more"
+    cluster.drop_caches()
+    assert (cluster.mnt / "first").read_bytes() == first
+    os.unlink(cluster.mnt / "first")
+    until(lambda: disks.server(1)["bytes_used"] < MiB and not disks.troubles(1), within_s=40)
+
+
+def all_servers_are_full(disks: Disks) -> None:
+    """The application gets ENOSPC, what was stored is there, and after space is freed writing works again."""
+    cluster, rng = disks.cluster, random.Random(4)
+    kept, again = rng.randbytes(20 * MiB), rng.randbytes(30 * MiB)
+    store(cluster.mnt / "kept", kept)
+    assert error_of(lambda: store(cluster.mnt / "too big", rng.randbytes(60 * MiB))) == errno.ENOSPC
+    assert error_of(lambda: store(cluster.mnt / "late", rng.randbytes(8 * MiB))) == errno.ENOSPC
+    assert sum("no new blocks are taken" in disks.troubles(server) for server in range(3)) >= 2
+    assert cluster.server_states() == ["up"] * 3
+    cluster.drop_caches()
+    assert (cluster.mnt / "kept").read_bytes() == kept
+    (cluster.mnt / "too big").unlink()
+    (cluster.mnt / "late").unlink()
+    until(lambda: error_of(lambda: store(cluster.mnt / "again", again)) is None, within_s=40)
+    until(lambda: all(disks.server(server)["bytes_free"] > MiB for server in range(3)), within_s=20)
+    until(lambda: stored_on_all(cluster, "again", again), within_s=20)
+    cluster.drop_caches()
+    assert (cluster.mnt / "again").read_bytes() == again
+    assert (cluster.mnt / "kept").read_bytes() == kept
+
+
+def replicas(cluster: RealCluster, path: str) -> list[Any]:
+    """Of the blocks of a file; each was read and checked by its server."""
+    slots = cluster.json("where", path)["slots"]
+    return [replica for slot in slots for extent in slot["extents"] for replica in extent["replicas"]]
+
+
+@pytest.mark.seed("C13")
+def test_disks_that_others_fill_that_are_read_only_or_emptied_heal_by_themselves(disks: Disks) -> None:
+    for server in range(3):
+        disks.memory(server, SMALL)
+    disks.cluster.up("--servers", 3)
+    before = random.Random(2).randbytes(MiB)
+    store(disks.cluster.mnt / "before", before)
+    no_room_even_for_the_index(disks, before)
+    read_only_when_the_server_starts(disks, before)
+    segments_deleted_under_the_running_server(disks, before)
+
+
+def no_room_even_for_the_index(disks: Disks, before: bytes) -> None:
+    """Blocks are read from that server, the others take the new ones, and it comes back without being started again."""
+    cluster = disks.cluster
+    for number in range(300):
+        (cluster.mnt / f"deleted {number}").write_bytes(bytes(100))
+    os.sync()
+    pid = cluster.pid("data-1")
+    filler = disks.folder(1) / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    for number in range(60):
+        store(cluster.mnt / f"small {number}", b"%d" % number * 1000)
+    # Deleting needs the index as well: a few hundred names at once do not fit into what is left of its log's last page.
+    for number in range(300):
+        (cluster.mnt / f"deleted {number}").unlink()
+    until(lambda: "make room on that disk" in disks.troubles(1), within_s=20)
+    assert cluster.server_states() == ["up"] * 3
+    # It still serves what it has, alone if it must.
+    for server in (0, 2):
+        os.kill(cluster.pid(f"data-{server}"), signal.SIGSTOP)
+    try:
+        cluster.drop_caches()
+        assert (cluster.mnt / "before").read_bytes() == before
+    finally:
+        for server in (0, 2):
+            os.kill(cluster.pid(f"data-{server}"), signal.SIGCONT)
+    filler.unlink()
+    until(lambda: not disks.troubles(1) and disks.server(1)["state"] == "up", within_s=30)
+    assert cluster.pid("data-1") == pid
+    cluster.wait_all_up()
+    until(lambda: stored_on_all(cluster, "after", before), within_s=20)
+    assert (cluster.mnt / "small 59").read_bytes() == b"59" * 1000
+
+
+def read_only_when_the_server_starts(disks: Disks, before: bytes) -> None:
+    """It says so, the others go on at once, and it comes when its folder can be written."""
+    cluster = disks.cluster
+    cluster.kill("data-1")
+    until(lambda: is_possible("mount", "-o", "remount,ro", disks.folder(1)), within_s=10)
+    began_s = time.monotonic()
+    store(cluster.mnt / "meanwhile", before)
+    assert time.monotonic() - began_s < 10
+    until(lambda: "Read-only file system" in cluster.logs(), within_s=20)
+    assert disks.server(1)["state"] == "down"
+    run("mount", "-o", "remount,rw", disks.folder(1))
+    cluster.wait_all_up()
+    until(lambda: stored_on_all(cluster, "at last", before), within_s=20)
+
+
+def segments_deleted_under_the_running_server(disks: Disks, before: bytes) -> None:
+    """Noticed, said, and nothing ends; what is stored from then on is stored."""
+    cluster = disks.cluster
+    for segment in (disks.folder(1) / "segments").iterdir():
+        segment.unlink()
+    until(lambda: "from other servers" in disks.troubles(1), within_s=10)
+    assert disks.server(1)["state"] == "up"
+    cluster.drop_caches()
+    assert (cluster.mnt / "before").read_bytes() == before
+    until(lambda: stored_on_all(cluster, "new", before), within_s=20)
+
+
+def stored_on_all(cluster: RealCluster, name: str, data: bytes) -> bool:
+    """Write it; whether each replica of each block is there and right."""
+    store(cluster.mnt / name, data)
+    return {replica["state"] for replica in replicas(cluster, "/" + name)} == {"ok"}
+
+
+def test_a_disk_that_hangs_is_gone_round_within_seconds_and_serves_again_when_it_answers(disks: Disks) -> None:
+    cluster, rng = disks.cluster, random.Random(3)
+    disks.ext4(1)
+    cluster.up("--servers", 3)
+    before = rng.randbytes(10 * MiB)
+    store(cluster.mnt / "before", before)
+    disks.freeze(1)
+    meanwhile = rng.randbytes(10 * MiB)
+    began_s = time.monotonic()
+    store(cluster.mnt / "meanwhile", meanwhile)
+    first_s = time.monotonic() - began_s
+    until(lambda: disks.server(1)["state"] == "down", within_s=15)
+    began_s = time.monotonic()
+    for number in range(20):
+        store(cluster.mnt / f"small {number}", b"%d" % number)
+    later_s = time.monotonic() - began_s
+    assert (cluster.mnt / "before").read_bytes() == before
+    assert first_s < 15 and later_s < 5, f"{first_s:.1f} s while it was found out, {later_s:.1f} s afterwards"
+    disks.thaw(1)
+    until(lambda: disks.server(1)["state"] == "up", within_s=20)
+    cluster.drop_caches()
+    assert (cluster.mnt / "before").read_bytes() == before
+    assert (cluster.mnt / "meanwhile").read_bytes() == meanwhile
+    until(lambda: stored_on_all(cluster, "after", before), within_s=20)
