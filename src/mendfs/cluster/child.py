@@ -212,7 +212,7 @@ def main() -> None:
         uvloop.run(run(role, reports.say))
     except MendfsError as error:
         reports.say(Failed(str(error), error.exit_code, isinstance(error, StoreDamaged)))
-        print(error, file=sys.stderr)
+        logs.say(str(error))
         sys.exit(error.exit_code)
     except OSError as error:
         text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)

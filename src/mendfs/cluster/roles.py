@@ -6,11 +6,11 @@ Imports are inside the functions: a data server needs no FUSE, and a mount no Ro
 import asyncio
 import os
 import socket
-import sys
 from collections.abc import Callable
 
 import msgspec
 
+from mendfs.cluster import logs
 from mendfs.cluster.child import (
     FLUSH_TIMEOUT_S,
     DataChild,
@@ -130,4 +130,4 @@ async def run_mount(role: MountChild, stop: asyncio.Event, say: Say) -> None:
     if folder is not None:
         folder.write_unflushed(unflushed)
     for line in unflushed:
-        print(line, file=sys.stderr)
+        logs.say(line)

@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 from mendfs.cluster.child import FLUSH_TIMEOUT_S, Ready, Report, SupervisorChild
 from mendfs.cluster.folder import ClusterFolder, read_secret
 from mendfs.cluster.launch import check_wishes, prepare
+from mendfs.cluster.logs import say
 from mendfs.cluster.query import ask, connect_as_tool
 from mendfs.cluster.supervisor import Notice, Supervisor
 from mendfs.errors import MendfsError
@@ -108,4 +108,4 @@ async def run_supervisor(options: SupervisorChild, stop: asyncio.Event, say: Cal
 
 def log_line(text: str) -> None:
     """One line of the supervisor's log."""
-    print(datetime.now(UTC).isoformat(timespec="milliseconds"), text, file=sys.stderr, flush=True)
+    say(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {text}")

@@ -60,8 +60,8 @@ _DAMAGE = ("Corruption", "No such file or directory", "Invalid argument", "Not i
 
 def one_line(error: Exception) -> str:
     """RocksDB's words on one line, each said once."""
-    text = re.sub(r"^(Corruption: )+", "Corruption: ", " ".join(str(error).split()))
-    return text[:300]
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return re.sub(r"^(Corruption: )+", "Corruption: ", " ".join(said.split()))[:300]
 
 
 def remedy(text: str) -> str:
@@ -85,8 +85,6 @@ def is_full(text: str) -> bool:
 def cannot_open(path: str, error: Exception) -> EngineFailed | StoreDamaged | UsageError:
     """Why the database does not open, as what the caller can do about it."""
     text = one_line(error)
-    if isinstance(error, OSError) and error.errno:
-        text = os.strerror(error.errno)
     if "lock hold by" in text or "While lock file" in text:
         return _in_use(path)
     if not is_damage(text):
