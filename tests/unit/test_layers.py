@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"wire", "kv"},
     {"transfer"},
     {"data", "meta", "client"},
+    {"promises"},
     {"fuse"},
     {"cluster"},
     {"sim"},

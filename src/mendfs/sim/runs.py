@@ -9,10 +9,13 @@ import msgspec
 import structlog
 
 from mendfs.client.volume import Volume
+from mendfs.kv.memory import MemoryEngine
 from mendfs.model import Attributes, Inode
+from mendfs.promises import check_metadata
 from mendfs.sim.driver import Driver
 from mendfs.sim.faults import PROFILES, Breaker, Fault, Losses, Profile, draw_plan
 from mendfs.sim.scenario import Shape, Simulation
+from mendfs.sim.sharing import Appends, Replaced, race_for_names, use_unlinked_files
 from mendfs.sim.workload import Workload
 
 CLIENTS = 3
@@ -56,6 +59,8 @@ class Run:
         self.workload: Workload
         self.breaker: Breaker
         self.plan: list[Fault] = []
+        self.appends: Appends
+        self.replaced: list[Replaced] = []
 
     async def main(self, plan: list[Fault] | None) -> None:
         """All of it."""
@@ -70,7 +75,21 @@ class Run:
             self.profile, plan_rng, servers=sim.shape.servers, clients=CLIENTS, seconds=self.seconds - 40.0
         )
         self.plan = drawn if plan is None else plan
-        actors = [workload.names_actor() for _ in range(3)] + [workload.files_actor() for _ in range(4)]
+        self.appends = Appends(workload)
+        self.replaced = [
+            Replaced(workload, b"config", by_rename=True),
+            Replaced(workload, b"rewritten", by_rename=False),
+        ]
+        workload.on_meta_lost = [each.meta_lost for each in self.replaced]
+        actors = [
+            *(workload.names_actor() for _ in range(2)),
+            *(workload.files_actor() for _ in range(3)),
+            *(self.appends.actor() for _ in range(2)),
+            *(each.writer() for each in self.replaced),
+            *(each.reader() for each in self.replaced),
+            race_for_names(workload),
+            use_unlinked_files(workload),
+        ]
         tasks = [sim.loop.create_task(actor) for actor in actors]
         breaking = sim.loop.create_task(self.breaker.run(self.plan))
         await asyncio.sleep(self.seconds)
@@ -116,6 +135,19 @@ class Run:
         for file in {id(name.value.file): name.value.file for name in workload.names}.values():
             if file is not None:
                 await workload.check_content(client, file, adopt=False, final=True)
+        await self.appends.check(client)
+        for each in self.replaced:
+            await each.check(client, final=True)
+        self._check_metadata()
+
+    def _check_metadata(self) -> None:
+        server = self.sim.meta.server
+        assert server is not None, "it was started"
+        engine = server.state.engine
+        assert isinstance(engine, MemoryEngine), "machines are given one"
+        pairs = engine.read_range(b"\0\xff", b"\xff", 1 << 30, False)
+        for problem in check_metadata(pairs):
+            self.driver.violation(problem)
 
     async def _check_names(self, client: object) -> None:
         workload = self.workload

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mendfs.client.volume import OpenFile, Volume
+from mendfs.errors import MendfsError
 from mendfs.model import ROOT_INODE, Attributes, Inode
 from mendfs.sim.driver import Driver, Outcome
 from mendfs.sim.loop import Process
@@ -45,6 +46,9 @@ class Workload:
         """Operations up to this one are durable."""
         self.meta_losses = 0
         """How often the meta server lost what was not durable."""
+        self.server_losses = 0
+        """How often a data server did."""
+        self.on_meta_lost: list[Callable[[], None]] = []
         self._locks: dict[int, asyncio.Lock] = {}
         self._unsettled_until_s: dict[int, float] = {}
         self._last_label = 0
@@ -73,6 +77,8 @@ class Workload:
     def meta_lost(self) -> None:
         """The meta server lost power: what was not durable may be gone."""
         self.meta_losses += 1
+        for tell in self.on_meta_lost:
+            tell()
         for name in self.names:
             name.meta_lost(self.durable)
         for file in self.files:
@@ -80,6 +86,7 @@ class Workload:
 
     def server_lost(self, server: str, *, quorum: int) -> None:
         """A data server lost what was not durable on it."""
+        self.server_losses += 1
         for file in self.files:
             file.server_lost(server, quorum)
 
@@ -161,17 +168,17 @@ class Workload:
     async def check_content(self, client: ClientMachine, file: FileState, *, adopt: bool, final: bool = False) -> bool:
         """Read all of a file and compare. False if it could not be read, for reasons that are allowed."""
 
-        async def read(volume: Volume) -> tuple[int, list[tuple[int, bytes | Exception]]]:
+        async def read(volume: Volume) -> tuple[int, list[tuple[int, bytes | MendfsError]]]:
             opened = await volume.open_file(Inode(file.inode), flags=os.O_RDONLY)
             try:
                 size = opened.attributes.size
-                pieces: list[tuple[int, bytes | Exception]] = []
+                pieces: list[tuple[int, bytes | MendfsError]] = []
                 for offset in range(0, size, READ_STEP):
                     buffer = bytearray(min(READ_STEP, size - offset))
                     try:
                         count = await opened.read_into(memoryview(buffer), offset)
                         pieces.append((offset, bytes(buffer[:count])))
-                    except Exception as error:
+                    except MendfsError as error:
                         pieces.append((offset, error))
                 return size, pieces
             finally:
@@ -189,7 +196,7 @@ class Workload:
         return self._compare(file, size, pieces, adopt=adopt, final=final)
 
     def _compare(
-        self, file: FileState, size: int, pieces: list[tuple[int, bytes | Exception]], *, adopt: bool, final: bool
+        self, file: FileState, size: int, pieces: list[tuple[int, bytes | MendfsError]], *, adopt: bool, final: bool
     ) -> bool:
         problem = file.now.problem_with_size(size)
         if problem is not None:
@@ -197,7 +204,7 @@ class Workload:
             return False
         whole = True
         for offset, piece in pieces:
-            if isinstance(piece, Exception):
+            if isinstance(piece, MendfsError):
                 whole = False
                 if final and not file.may_be_unreadable(offset, min(offset + READ_STEP, size)):
                     self.driver.violation(f"{file.label}: bytes from {offset} on cannot be read: {piece}")
