@@ -15,6 +15,7 @@ from mendfs.meta.server import MetaOptions, MetaServer, start_meta
 from mendfs.meta.volume import format_volume, read_volume
 from mendfs.model import KiB
 from mendfs.model import Volume as Parameters
+from mendfs.sim.audit import AuditedEngine
 from mendfs.sim.disk import SimDisk
 from mendfs.sim.loop import Process, SimLoop
 from mendfs.sim.network import SimNetwork
@@ -165,11 +166,14 @@ class MetaMachine(Machine):
 
     def __init__(self, cluster: Cluster, parameters: Parameters) -> None:
         super().__init__(cluster, "meta")
+        self.violation: Callable[[str], None] = cluster.problems.append
         self._parameters = parameters
 
     async def serve(self, world: World) -> MendfsError | None:
         """Run a meta server; its volume is made first."""
-        engine = await MemoryEngine.open(world.disk, "/meta/log")
+        engine = await AuditedEngine.open(world.disk, "/meta/log")
+        assert isinstance(engine, AuditedEngine), "open makes one of its own class"
+        engine.violation = self.violation
         if await read_volume(engine) is None:
             await format_volume(engine, self._parameters, world)
         server = self.server = await start_meta(world, engine, MetaOptions(listen=META_ADDRESS), self.cluster.secret)

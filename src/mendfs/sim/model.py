@@ -14,7 +14,7 @@ FILE_BYTES_MAX = 64 << 10
 Client = str
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, eq=False):
     """One change of a file's bytes: a write of `data` at `offset`, or, without data, a truncation to `offset`."""
 
     client: Client
@@ -124,6 +124,8 @@ class FileState:
         self._clients: list[Client] = []
         self.durable = Content()
         self.since: list[Event] = []
+        self._unsure: list[Event] = []
+        """Those of `since` that may not have happened: whoever's they are, no sync says that they have."""
         self.losses: list[tuple[int, frozenset[str]]] = []
         """(how many events of `since` there were, servers that lost what was not synced)."""
         self.unreadable: list[tuple[int, int]] = []
@@ -135,7 +137,9 @@ class FileState:
         """One change."""
         self.now.apply(event, is_certain=is_certain)
         self.since.append(event)
-        self.is_unsure = self.is_unsure or not is_certain
+        if not is_certain:
+            self._unsure.append(event)
+            self.is_unsure = True
         if is_certain:
             begin, end = event.range
             self.writers[begin:end] = self._mark(event.client) * (end - begin)
@@ -148,7 +152,7 @@ class FileState:
 
     def synced(self, client: Client) -> None:
         """`client` was told that its changes are durable. What others wrote and nobody synced yet stays as it is."""
-        if all(event.client == client for event in self.since) and not self.is_unsure:
+        if all(event.client == client for event in self.since) and not self._unsure:
             self.durable = self.now.copy()
             self.since = []
             self.losses = []
@@ -157,7 +161,7 @@ class FileState:
             self.durable.adopt(bytes(self.now.certain[begin:end]), begin)
         self.durable.size_min = min(self.durable.size_min, self.now.size_min)
         self.durable.size_max = max(self.durable.size_max, self.now.size_max)
-        self.since = [event for event in self.since if event.client != client]
+        self.since = [event for event in self.since if event.client != client or event in self._unsure]
         self.losses = [(len(self.since), servers) for _, servers in self.losses]
 
     def _runs_of(self, client: Client) -> list[tuple[int, int]]:
@@ -178,6 +182,7 @@ class FileState:
         self.now = self.durable.copy()
         for event in self.since:
             self.now.apply(event, is_certain=False)
+        self._unsure = list(self.since)
         self.is_unsure = True
 
     def server_lost(self, server: str, quorum: int) -> None:

@@ -10,8 +10,10 @@ import structlog
 
 from mendfs.client.volume import Volume
 from mendfs.kv.memory import MemoryEngine
+from mendfs.meta import ranges, schema
 from mendfs.model import Attributes, Inode
 from mendfs.promises import check_metadata
+from mendfs.sim import audit
 from mendfs.sim.driver import Driver
 from mendfs.sim.faults import PROFILES, Breaker, Fault, Losses, Profile, draw_plan
 from mendfs.sim.scenario import Shape, Simulation
@@ -68,6 +70,7 @@ class Run:
         rng = random.Random(sim.rng.getrandbits(64))
         plan_rng = random.Random(sim.rng.getrandbits(64))
         self.driver = driver = Driver(sim, CLIENTS)
+        sim.meta.violation = driver.violation
         workload = self.workload = Workload(driver, rng, quorum=sim.shape.write_quorum)
         self.breaker = Breaker(sim, Losses(workload.meta_lost, self._server_lost, self._server_damaged))
         await workload.begin()
@@ -206,6 +209,14 @@ def draw_speeds(sim: Simulation, rng: random.Random) -> None:
         machine.disk.rules.slow_chance = rng.choice([0.0, 0.01, 0.05])
 
 
+def draw_ranges(rng: random.Random) -> None:
+    """Ranges of ids are short in most runs, so that they run out all the time."""
+    bits = rng.choice([3, 5, 10])
+    for module in (schema, ranges, audit):
+        module.RANGE_BITS = bits  # type: ignore[attr-defined] # each has imported the constant under this name
+    ranges.RANGE_IDS = 1 << bits  # type: ignore[attr-defined] # as above
+
+
 def simulate(
     seed: int,
     *,
@@ -215,6 +226,7 @@ def simulate(
     keep_trace: bool = False,
 ) -> Report:
     """Run one seed. `plan` replaces the faults that the seed would draw."""
+    draw_ranges(random.Random(seed))
     run = Run(seed, PROFILES[profile], seconds, keep_trace=keep_trace)
     sim = run.sim
     structlog.configure(processors=[sim.trace.log], cache_logger_on_first_use=False)

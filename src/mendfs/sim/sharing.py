@@ -265,11 +265,27 @@ class Replaced:
             finally:
                 await opened.release()
 
+        if not self._by_rename:
+            async with self._lock:
+                await self._check_written(client, read, final=final)
+            return
         certain, losses = self._certain, workload.meta_losses
         outcome = await workload.call(client, f"check {self._name.decode()}", read)
         if losses != workload.meta_losses:
             return
         self._judge(outcome, certain, final=final)
+
+    async def _check_written(self, client: ClientMachine, read: Any, *, final: bool) -> None:
+        """Between two versions written in place, and if the last one is there for certain, it is there whole."""
+        version, losses, violation = self._attempted, self._workload.meta_losses, self._workload.driver.violation
+        outcome = await self._workload.call(client, f"check {self._name.decode()}", read)
+        if version != self._certain or losses != self._workload.meta_losses:
+            return
+        if not outcome.is_ok or any(piece is None for _, piece in outcome.value):
+            if final or outcome.errno:
+                violation(f"{self._name.decode()}, closed, cannot be read: {outcome}")
+        elif b"".join(piece for _, piece in outcome.value) != self._content(version):
+            violation(f"{self._name.decode()}, closed, is not version {version}")
 
     def _judge(self, outcome: Outcome, certain: int, *, final: bool) -> None:
         violation, name = self._workload.driver.violation, self._name.decode()
@@ -284,10 +300,8 @@ class Replaced:
                 violation(f"{name} has bytes that cannot be read, though it was durable before it took the name")
             return
         content = b"".join(piece for _, piece in pieces if piece is not None)
-        if not self._by_rename and not content:
-            return  # between the truncation and the new contents
         version = int(content[1:9]) if content[1:9].isdigit() else 0
-        if content != self._content(version) and self._by_rename:
+        if content != self._content(version):
             violation(f"{name} is no whole version: {len(content)} bytes that begin with {content[:30]!r}")
         elif not certain <= version <= self._attempted:
             violation(f"{name} is version {version}, not {certain} to {self._attempted}")
