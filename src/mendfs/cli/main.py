@@ -4,17 +4,19 @@ A user never sees a traceback: what we did not foresee is one line too, with the
 they need when they run, so that `mendfs --help` and small commands answer at once.
 """
 
+import asyncio
 import io
 import os
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
 from mendfs import __version__
 from mendfs.cli import cluster, files, look, machines
 from mendfs.cli.options import DEBUG
-from mendfs.errors import MendfsError
+from mendfs.errors import MendfsError, UsageError
 
 INTERRUPTED = 130
 """What shells report for a command ended by Ctrl-C."""
@@ -39,6 +41,46 @@ def version(show: bool = typer.Option(False, "--version", help="Show the version
 
 for group in (cluster, machines, look, files):
     group.register(app)
+
+
+@app.command()
+def simulate(
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", help="How many seeds [default: 20, or 1 with --seed].")
+    ] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="S", help="This one only; with --seeds the first.")
+    ] = None,
+    minutes: Annotated[float, typer.Option("--minutes", metavar="M", help="Simulated minutes of each.")] = 10.0,
+    profile: Annotated[
+        str, typer.Option("--profile", metavar="NAME", help="Which faults: mixed, crashes, ...")
+    ] = "mixed",
+    trace: Annotated[bool, typer.Option("--trace", help="Print what happens, line by line.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", metavar="N", help="Processes [default: one a core].")] = 0,
+    faults: Annotated[str, typer.Option("--faults", metavar="I,J", help="Only these faults of the seed's plan.")] = "",
+    planted: Annotated[str, typer.Option("--planted", metavar="NAME", help="With a bug planted on purpose.")] = "",
+    shrink: Annotated[bool, typer.Option("--shrink/--no-shrink", help="Shorten the plan of a seed that fails.")] = True,
+) -> None:
+    """Run whole clusters in one process on simulated time, network and disks, and check the promises."""
+    from mendfs.sim.command import Wishes, run_command
+
+    try:
+        numbers = tuple(int(number) for number in faults.split(",")) if faults else None
+    except ValueError:
+        raise UsageError(f"--faults takes numbers with commas between them, not {faults!r}") from None
+    wishes = Wishes(
+        seeds=seeds or (20 if seed is None else 1),
+        first=seed,
+        minutes=minutes,
+        profile=profile,
+        trace=trace,
+        jobs=jobs,
+        faults=numbers,
+        planted=planted,
+        shrink=shrink,
+    )
+    if asyncio.run(run_command(wishes)):
+        raise typer.Exit(1)
 
 
 def complain(text: str) -> None:
