@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mendfs.errors import MendfsError, UsageError
 from mendfs.fuse import device
 from mendfs.fuse.mount_options import MountFlags
 from mendfs.fuse.server import MountOptions, serve_mount
+from mendfs.model import Attributes, Inode
 from tests.mount.conftest import LoopThread, Mounted, Mounting
 from tests.mount.fake_volume import FakeVolume
 from tests.real_cluster import needs_mounts, needs_root
@@ -188,3 +190,37 @@ def test_invalidations_reach_the_kernel(mounting: Mounting) -> None:
     fake.mount.invalidate_entry(node.parent, b"file")
     while path.exists():
         os.sched_yield()
+
+
+def test_a_missing_or_closed_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "DEVICE", str(tmp_path / "none"))
+    (tmp_path / "mnt").mkdir()
+    assert refusal(tmp_path / "mnt").startswith(
+        f"there is no {tmp_path}/none: load the kernel's module (modprobe fuse)"
+    )
+    monkeypatch.setattr(device, "DEVICE", str(tmp_path / "mnt"))
+    assert refusal(tmp_path / "mnt").startswith(f"cannot open {tmp_path}/mnt" if device.is_root() else "cannot mount")
+
+
+class SilentVolume(FakeVolume):
+    """Its servers are gone: nobody learns anything of its files."""
+
+    async def attributes(self, inode: Inode) -> Attributes:
+        await self.gate()
+        return await super().attributes(inode)
+
+
+def test_a_living_mount_that_cannot_answer_is_unmounted_at_once(mounting: Mounting) -> None:
+    """To ask it for anything would take the minute that a call waits for its servers."""
+    silent = mounting(volume=SilentVolume())
+    silent.volume.is_open_gate.clear()
+    began_s = time.monotonic()
+    device.unmount_command(str(silent.path))
+    assert device.find_mount(str(silent.path)) is None
+    assert time.monotonic() - began_s < 10
+
+
+def test_a_second_mount_over_one_that_cannot_answer_is_refused_soon(mounting: Mounting) -> None:
+    silent = mounting(volume=SilentVolume())
+    silent.volume.is_open_gate.clear()
+    assert refusal(silent.path) == f"{silent.path} is already a mount point: mendfs umount {silent.path}"
