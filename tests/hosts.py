@@ -183,9 +183,13 @@ class Hosts:
 
     # --- programs ---------------------------------------------------------------------------------------------
 
+    def network(self, name: str) -> str:
+        """The file that stands for a host's network."""
+        return f"/run/netns/{self._space(name)}"
+
     def on(self, name: str, *arguments: object) -> list[str]:
         """The command that runs another one on a host."""
-        return ["nsenter", f"--net=/run/netns/{self._space(name)}", *map(str, arguments)]
+        return ["nsenter", f"--net={self.network(name)}", *map(str, arguments)]
 
     def mendfs(self, name: str, *arguments: object, stdin: bytes = b"", env: dict[str, str] | None = None) -> list[Any]:
         """[exit code, standard output, standard error] of `mendfs ARGUMENTS` on a host."""

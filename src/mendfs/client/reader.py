@@ -26,8 +26,11 @@ EXTENTS_AHEAD = 64
 """Slots whose extents are asked for at least: 256 MiB of a file with default blocks."""
 EXTENTS_AHEAD_FACTOR = 4
 """Extents are asked for when the reader is this many windows of read-ahead before them: time for a slow answer."""
-FETCHES_MAX = 32
-"""Blocks one read asks for at once."""
+FETCHES_MAX = 256
+"""Blocks one read asks for at once: a slow link must not be waited for again and again while blocks are small ..."""
+FETCHES_MIN = 32
+FETCHING_BYTES = 128 * MiB
+"""... and big ones are asked for as many at once as hold about this much."""
 RETRY_MIN_S = 0.05
 RETRY_MAX_S = 1.0
 ATTEMPTS_ALL_UP = 6
@@ -176,10 +179,14 @@ class Reader:
 
         Without `keep` nothing is cached: what a merge reads is not read again.
         """
-        await _all(
+        fetches = (
             self._fetch(group[0]) if keep and len(group) == 1 else self._fetch_group(group, keep=keep)
             for group in by_block(wants)
         )
+        await _all(fetches, self._fetches_at_once())
+
+    def _fetches_at_once(self) -> int:
+        return max(FETCHES_MIN, min(FETCHES_MAX, FETCHING_BYTES // self._shared.volume.block_size))
 
     async def _fetch_group(self, wants: list[Want], *, keep: bool) -> None:
         """Many pieces of one block: what is not at hand comes in as few requests as makes sense."""
@@ -197,7 +204,7 @@ class Reader:
         rest = iter(missing)
         for pages, count in page_runs(spans, page_size):
             fetches.append(self._fetch_for(pages, list(islice(rest, count)), keep=keep))
-        await _all(fetches)
+        await _all(fetches, self._fetches_at_once())
 
     async def _fetch_for(self, pages: range, wants: list[Want], *, keep: bool) -> None:
         page_size = self._shared.volume.page_size
@@ -317,8 +324,8 @@ def _fill_with_zeros(view: memoryview) -> None:
         part[:] = _ZEROS[: len(part)]
 
 
-async def _all(fetches: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all of them, FETCHES_MAX at a time; the first error ends the others and is raised."""
+async def _all(fetches: Iterable[Coroutine[Any, Any, None]], at_once: int) -> None:
+    """Run all of them, `at_once` at a time; the first error ends the others and is raised."""
     waiting = list(fetches)
     if len(waiting) == 1:
         await waiting[0]
@@ -331,7 +338,7 @@ async def _all(fetches: Iterable[Coroutine[Any, Any, None]]) -> None:
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(FETCHES_MAX, len(waiting))):
+            for _ in range(min(at_once, len(waiting))):
                 group.create_task(work())
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
