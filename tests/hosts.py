@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -49,6 +49,25 @@ needs_hosts = pytest.mark.skipif(bool(missing()) or not os.path.exists("/dev/fus
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
+
+
+class Sent(NamedTuple):
+    """A request that a host sent."""
+
+    at_s: float
+    name: str
+
+
+def rounds(requests: list[Sent], trip_s: float) -> int:
+    """How many of these wait for the answer to one before, at most: no two such are less than a round trip apart.
+
+    A slow machine makes rounds longer, not more; only what it sends late although nothing was waited for counts twice.
+    """
+    count, began_s = 0, float("-inf")
+    for request in requests:
+        if request.at_s - began_s >= trip_s:
+            count, began_s = count + 1, request.at_s
+    return count
 
 
 class Program:
@@ -167,15 +186,17 @@ class Hosts:
         self._tell(cut=names)
 
     @contextlib.contextmanager
-    def trace(self, source: str) -> Iterator[list[str]]:
-        """Collect the names of the requests that a host sends meanwhile, in order; renewals and pings are left out."""
-        found: list[str] = []
+    def trace(self, source: str) -> Iterator[list[Sent]]:
+        """Collect the requests that a host sends meanwhile, in order; renewals and pings are left out."""
+        found: list[Sent] = []
         self._tell(trace="begin")
         try:
             yield found
         finally:
             said = self._tell(trace="end")
-            found += [name for _, host, _, name in said if host == source and name not in ("renew", "ping")]
+            found += [
+                Sent(at_s, name) for at_s, host, _, name in said if host == source and name not in ("renew", "ping")
+            ]
 
     def link(self, name: str, state: str) -> None:
         """`up` or `down`: the host itself sees that its cable is gone."""

@@ -14,32 +14,37 @@ from mendfs.client.volume import Volume, VolumeOptions
 from mendfs.cluster.folder import read_secret
 from mendfs.model import ROOT_INODE, Attributes, Inode, KiB
 from mendfs.world import real_world
-from tests.hosts import needs_hosts
+from tests.hosts import needs_hosts, rounds
 from tests.mount.conftest import LoopThread
 from tests.mount.test_machines import DATA, DELAY_S, Machines
 
 pytestmark = [needs_hosts, pytest.mark.seed("D6", "D8")]
 
 TRIP_S = 2 * DELAY_S
-TRIES = 12
-"""A busy machine makes answers late: the fastest try counts, and the first one that is as fast as promised ends it."""
+TRIES = 8
+"""What goes on in the background is counted too, and a busy machine sends late what could leave together: the try with
+the fewest counts, and the first one that is as good as promised ends it."""
 BLOCK = 16 * KiB
-SEQUENTIAL_TRIPS_MAX = 16
+SEQUENTIAL_TRIPS_MAX = 10
 """For 100 blocks; one after the other they would take 100."""
 SMALL = b"x" * 4096
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+IN_BACKGROUND = ("get_attributes", "sync_store", "acknowledge_late")
+"""Asked for the root of the mount on a slow machine, synced after some seconds, told afterwards."""
 CLONE_NEWNET = 0x40000000
 FILE = stat.S_IFREG | 0o644
 DIRECTORY = stat.S_IFDIR | 0o755
 
 
 class Trips:
-    """A mounted cluster, and the same volume opened by the library on the client's host."""
+    """A mounted cluster, and the same volume opened by the library on the client's host, twice."""
 
-    def __init__(self, machines: Machines, thread: LoopThread, volume: Volume) -> None:
+    def __init__(self, machines: Machines, thread: LoopThread, volume: Volume, writer: Volume) -> None:
         self.machines = machines
         self.thread = thread
         self.volume = volume
+        self.writer = writer
+        """Another client, of whose files neither the mount nor `volume` knows anything."""
         self.mnt = str(machines.mnt)
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -59,12 +64,14 @@ def trips(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trips]:
             machines.begin_data(name)
         machines.begin_mount().wait_for("ready on")
         machines.wait_all_up()
-        volume = thread.run(_open_on_client(machines))
+        opened = [thread.run(_open_on_client(machines)) for _ in range(2)]
         machines.delay(DELAY_S)
         try:
-            yield Trips(machines, thread, volume)
+            yield Trips(machines, thread, *opened)
         finally:
-            thread.run(volume.close())
+            machines.delay(0)
+            for volume in opened:
+                thread.run(volume.close())
     finally:
         thread.close()
         machines.close()
@@ -112,9 +119,12 @@ def _write(path: str, flags: int, data: bytes = b"", offset: int = 0, *, sync: b
     os.close(fd)
 
 
-async def _make(trips: Trips, name: str, data: bytes = b"", *, sync: bool = False) -> None:
-    made = await trips.volume.make(ROOT_INODE, name.encode(), FILE, uid=0, gid=0, open=True)
-    await _finish(trips, await trips.volume.open_made(made, flags=os.O_RDWR), data, sync=sync)
+async def _make(
+    trips: Trips, name: str, data: bytes = b"", *, sync: bool = False, volume: Volume | None = None
+) -> None:
+    volume = volume or trips.volume
+    made = await volume.make(ROOT_INODE, name.encode(), FILE, uid=0, gid=0, open=True)
+    await _finish(trips, await volume.open_made(made, flags=os.O_RDWR), data, sync=sync)
 
 
 async def _rewrite(trips: Trips, inode: Inode, flags: int, data: bytes, *, sync: bool = False) -> None:
@@ -157,7 +167,7 @@ def _file(size: int = len(SMALL), *, written_by: str = "nobody here") -> Prepare
             _write(_path(trips, name), os.O_CREAT | os.O_WRONLY, data)
         else:
             trips.machines.delay(0)
-            trips.machines.must("other", "write", f"/{name}", *trips.machines.named, stdin=data)
+            trips.run(_make(trips, name, data, volume=trips.writer))
             trips.machines.delay(DELAY_S)
         found: Attributes = trips.run(trips.volume.lookup(ROOT_INODE, name.encode()))
         return found.inode
@@ -303,18 +313,22 @@ def test_the_table_has_every_row_that_is_counted_and_no_other() -> None:
 
 
 def _fastest(trips: Trips, promised: int, label: str, prepare: Prepare, act: Operation, *, warm: bool) -> int:
-    least_s = float("inf")
+    least = 1 << 30
     for number in range(TRIES):
         name = f"{label.replace(' ', '-').replace(',', '')}-{number}"
         prepared = prepare(trips, name)
         if warm:
             os.stat(trips.mnt)  # the attributes of the root, which are believed for 20 ms
-        began_s = time.perf_counter()
-        act(trips, name, prepared)
-        least_s = min(least_s, time.perf_counter() - began_s)
-        if int(least_s / TRIP_S) <= promised:
+        with trips.machines.trace("client") as sent:
+            began_s = time.perf_counter()
+            act(trips, name, prepared)
+            took_s = time.perf_counter() - began_s
+        counted = rounds(sent, TRIP_S)
+        least = min(least, counted)
+        if least <= promised:
+            assert took_s >= counted * TRIP_S, "nobody waited for an answer"
             break
-    return int(least_s / TRIP_S)
+    return least
 
 
 @pytest.mark.parametrize("operation", ROWS)
@@ -339,18 +353,19 @@ def test_round_trips_are_as_promised(trips: Trips, operation: str) -> None:
 
 def test_a_cold_sequential_read_has_many_blocks_under_way(trips: Trips) -> None:
     """In small pieces, through the mount: reading ahead overlaps the blocks and the questions where they are."""
-    size, least_s, asked = 100 * BLOCK, float("inf"), [""]
+    size, least, asked = 100 * BLOCK, 1 << 30, [""]
     for number in range(TRIES):
         _file(size)(trips, f"sequential-{number}")
-        with trips.machines.trace("client") as sent:
-            began_s = time.perf_counter()
-            with open(f"{trips.mnt}/sequential-{number}", "rb", buffering=0) as file:
-                assert sum(map(len, iter(lambda: file.read(64 * KiB), b""))) == size
-            least_s = min(least_s, time.perf_counter() - began_s)
-        asked = [name for name in sent if name in ("get_block", "get_extents")]
-        if least_s < SEQUENTIAL_TRIPS_MAX * TRIP_S:
+        with (
+            trips.machines.trace("client") as sent,
+            open(f"{trips.mnt}/sequential-{number}", "rb", buffering=0) as file,
+        ):
+            assert sum(map(len, iter(lambda: file.read(64 * KiB), b""))) == size
+        asked = [each.name for each in sent]
+        least = min(least, rounds(sent, TRIP_S))
+        if least <= SEQUENTIAL_TRIPS_MAX:
             break
-    assert least_s < SEQUENTIAL_TRIPS_MAX * TRIP_S, f"{least_s:.3f} s for 100 blocks, {asked}"
+    assert least <= SEQUENTIAL_TRIPS_MAX, asked
     assert asked.count("get_extents") <= 3, asked
 
 
@@ -359,8 +374,7 @@ def test_what_is_sent_for_a_new_file_is_what_is_needed(trips: Trips) -> None:
     with trips.machines.trace("client") as sent:
         _write(f"{trips.mnt}/sent", NEW, SMALL)
     needed = ["lookup", "make", *["put_block"] * 3, "commit"]
-    # What is synced in the background, or asked for the root on a slow machine, is not this file's.
-    assert [name for name in sent if name not in ("get_attributes", "sync_store", "acknowledge_late")] == needed
+    assert [each.name for each in sent if each.name not in IN_BACKGROUND] == needed
 
 
 def test_a_thousand_names_come_in_one_answer(trips: Trips) -> None:
@@ -368,4 +382,4 @@ def test_a_thousand_names_come_in_one_answer(trips: Trips) -> None:
     with trips.machines.trace("client") as sent:
         assert len(os.listdir(f"{trips.mnt}/thousand")) == 1000
         trips.run(_list(trips, folder, 1000))
-    assert sent.count("list_directory") == 2, "one of the mount, one of the library"
+    assert [each.name for each in sent].count("list_directory") == 2, "one of the mount, one of the library"
