@@ -1,6 +1,6 @@
 """What a client believes of a file: newer answers win, older ones are ignored, own commits keep what is known."""
 
-from mendfs.client.files import File, Files
+from mendfs.client.files import EXTENTS_KNOWN_MAX, SLOTS_NEAR, File, Files
 from mendfs.model import Attributes, BlockId, CommitSequence, Extent, Inode, Partition, Slot, SlotExtents
 from mendfs.wire.messages.meta import Committed, Extents, Opened
 
@@ -75,3 +75,20 @@ async def test_idle_files_are_forgotten_and_busy_ones_kept() -> None:
         files.get(Inode(number))
     assert files.find(Inode(1)) is busy
     assert sum(1 for _ in files) < 4200
+
+
+async def test_the_extents_of_a_huge_crowded_file_are_bounded_and_what_is_being_read_stays() -> None:
+    """64 GiB rewritten in 4 KiB pieces have 16 million: they must not all lie in the client's memory."""
+    file = File(INODE)
+    file.learn_opened(opened(5))
+    many = tuple(extent(block) for block in range(1, 501))
+    for first in range(0, 16_384, 16):
+        slots = tuple(SlotExtents(Slot(first + n), many) for n in range(16))
+        answer = Extents(slots, first + 16, 1 << 36, CommitSequence(5), CommitSequence(5))
+        assert file.learn_extents(answer, Slot(first))
+        assert all(Slot(first + n) in file.slots for n in range(16))
+    known = sum(map(len, file.slots.values()))
+    near = 2 * SLOTS_NEAR * len(many)
+    assert known <= EXTENTS_KNOWN_MAX + EXTENTS_KNOWN_MAX // 4 + near
+    file.learn_committed(committed(5, 6))
+    assert file.slots[Slot(1)] == (extent(2),)

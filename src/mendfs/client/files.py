@@ -37,8 +37,14 @@ IDLE_FILES_MAX = 4096
 """Files that nobody has open whose state is kept: it spares the kernel's cache and a metadata call when reopened."""
 SLOTS_KNOWN_MAX = 20_000
 """Slots of one file whose extents are cached: about 10 MiB when blocks are tiny."""
+EXTENTS_KNOWN_MAX = 200_000
+"""Extents of one file that are cached, but for those near what was asked last: about 70 MiB. A file of 64 GiB that is
+rewritten at random would else take gigabytes."""
 EXTENTS_IDLE_MAX = 64
 """Extents kept for a file that nobody has open: enough for most files, little for 4,096 of them."""
+
+SLOTS_NEAR = 128
+"""On either side of what was asked last: a read of a MiB has that many slots only where blocks are tiny."""
 
 BlockName = tuple[Partition, BlockId]
 
@@ -134,6 +140,8 @@ class File:
         self.kernel_version = CommitSequence(0)
         self.slots: dict[Slot, tuple[Extent, ...]] = {}
         """Extents of the slots that are known, holes as ()."""
+        self._extents_learnt = 0
+        """Since it was last looked whether they are too many."""
         self.asking_extents: tuple[range, asyncio.Task[None]] | None = None
         """The newest question for extents: its slots, and the task that waits for the answer."""
         self.collecting: dict[Slot, Generation] = {}
@@ -208,13 +216,27 @@ class File:
         return True
 
     def _learn_slots(self, slots: Iterable[SlotExtents], complete: range, *, is_own: bool = False) -> None:
+        slots = tuple(slots)
         if len(self.slots) + len(complete) > SLOTS_KNOWN_MAX:
             self.slots.clear()
+        self._extents_learnt += sum(len(each.extents) for each in slots)
+        if self._extents_learnt > EXTENTS_KNOWN_MAX // 4:
+            self._forget_far(complete or range(slots[0].slot, slots[-1].slot + 1))
         self.slots.update(dict.fromkeys((Slot(slot) for slot in complete), ()))
         for each in slots:
             self.slots[each.slot] = each.extents
             if self._watch is not None:
                 self._watch.learnt(self, each.slot, each.extents, is_own=is_own)
+
+    def _forget_far(self, near: range) -> None:
+        """Keep no more extents than may be; those that a step of the read under way may need stay in any case."""
+        self._extents_learnt = 0
+        known = sum(map(len, self.slots.values()))
+        for slot in list(self.slots):
+            if known <= EXTENTS_KNOWN_MAX:
+                return
+            if not near.start - SLOTS_NEAR <= slot < near.stop + SLOTS_NEAR:
+                known -= len(self.slots.pop(slot))
 
     def learn_committed(self, answer: Committed, *, by_kernel: bool = True) -> None:
         """The answer to an own commit; `by_kernel` False if the kernel's pages do not have what was written."""
