@@ -157,6 +157,8 @@ class File:
         self.dirty_since_s: float | None = None
         self.dirty_end = 0
         self.written_ns = 0
+        self.committed_s = 0.0
+        """When this client last had a change of it answered, as far as its slots are watched."""
         self.unsynced: dict[BlockName, Unsynced] = {}
         self.was_emptied = False
         """Truncated to nothing since it was last made durable: close must do that first (design section 5)."""

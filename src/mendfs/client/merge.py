@@ -31,10 +31,13 @@ from mendfs.world.buffers import BufferPool
 log = structlog.get_logger("mendfs.client")
 
 QUIET_S = 2.0
-"""A slot that this client has written to is merged when it was left alone this long: twice the time after which a file
-is committed, so that a writer that goes on is seen to go on."""
+"""A file that this client has written to is merged when it was left alone this long: twice the time after which it is
+committed, so that a writer that goes on is seen to go on. The file, not the slot: a random writer leaves each slot
+alone for seconds, and would have all of them merged again and again (measured: five times the bytes written)."""
 QUIET_MAX_S = 16.0
-"""A slot that is written to in bursts is left alone for longer each time."""
+"""A file that is written to in bursts is left alone for longer each time."""
+SLOT_QUIET_S = 30.0
+"""A slot that was left alone this long is merged although its file is still written to elsewhere."""
 RECENT_S = 60.0
 RECENT_MAX = 10_000
 OTHERS_QUIET_S = 4.0
@@ -61,7 +64,9 @@ class _Candidate(msgspec.Struct):
     """A crowded slot."""
 
     due_s: float
+    """When it is merged even if its file is written to."""
     quiet_s: float
+    """How long the file must be left alone for it to be merged earlier."""
     count: int
     version: CommitSequence
     is_own: bool = False
@@ -69,6 +74,8 @@ class _Candidate(msgspec.Struct):
     ignored_up_to: int = 0
     """There was nothing to merge when it had this many extents: its holes are what makes them so many."""
     failures: int = 0
+    retry_s: float = 0.0
+    """After a failure: not before this."""
     burden: Burden = msgspec.field(default_factory=Burden)
 
     @property
@@ -117,11 +124,13 @@ class Merger:
         """See SlotWatch."""
         key = (file.inode, slot)
         candidate = self._candidates.get(key)
+        now_s = self._now()
+        if is_own:
+            file.committed_s = now_s
         if not is_crowded(extents, self._shared.volume.block_size):
             if candidate is not None:
                 del self._candidates[key]
             return
-        now_s = self._now()
         if candidate is None:
             if len(self._candidates) >= CANDIDATES_MAX or self._is_stopped:
                 return
@@ -133,7 +142,7 @@ class Merger:
         if is_own:
             candidate.is_own = True
             candidate.burden.visits += len(extents)
-            candidate.due_s = max(now_s + candidate.quiet_s, candidate.due_s if candidate.failures else 0.0)
+            candidate.due_s = now_s + SLOT_QUIET_S
         if not candidate.is_urgent and candidate.burden.is_merge_due(extents):
             candidate.is_urgent = True
             self._woken.notify()
@@ -176,12 +185,17 @@ class Merger:
     def _is_due(self, key: Key, candidate: _Candidate, now_s: float) -> bool:
         if candidate.count <= candidate.ignored_up_to + GROWN_BY * (candidate.ignored_up_to > 0):
             return False
-        if candidate.is_urgent and (not candidate.failures or candidate.due_s <= now_s):
+        if candidate.retry_s > now_s:
+            return False
+        if candidate.is_urgent:
             return True
-        if candidate.due_s > now_s or 2 * self._shared.dirty.used > self._shared.dirty.limit:
+        if 2 * self._shared.dirty.used > self._shared.dirty.limit:
             return False
         file = self._shared.files.find(key[0])
-        return file is None or not (key[1] in file.collecting or key[1] in file.frozen)
+        if file is None:
+            return True
+        is_quiet = candidate.is_own and not file.is_dirty and file.committed_s + candidate.quiet_s <= now_s
+        return (is_quiet or candidate.due_s <= now_s) and not (key[1] in file.collecting or key[1] in file.frozen)
 
     def _start(self, key: Key) -> "asyncio.Task[bool]":
         task = self._running[key] = self._shared.tasks.spawn(self._merge(key))
@@ -222,7 +236,7 @@ class Merger:
             self._candidates.pop(key, None)
         elif candidate is not None:
             candidate.failures += 1
-            candidate.due_s = self._now() + min(RETRY_MIN_S * 2**candidate.failures, RETRY_MAX_S)
+            candidate.retry_s = self._now() + min(RETRY_MIN_S * 2**candidate.failures, RETRY_MAX_S)
             log.info("a merge did not work, trying later", inode=key[0], slot=key[1], reason=str(error))
 
     async def _try_merge(self, file: File, key: Key) -> bool:
