@@ -87,16 +87,26 @@ async def test_a_crowded_slot_is_merged_and_nobody_sees_it(at_once: None) -> Non
         assert await contents(await made.client(), file.inode) == data
 
 
-async def test_a_slot_is_left_alone_while_it_is_written_to() -> None:
+@pytest.mark.parametrize(("slot_quiet_s", "is_merged"), [(30.0, False), (0.2, True)])
+async def test_a_slot_is_left_alone_while_its_file_is_written_to_unless_for_long(
+    slot_quiet_s: float, is_merged: bool, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random writer leaves each slot alone for a while, all the time: merging then would multiply what is written."""
+    monkeypatch.setattr(merge, "QUIET_S", 0.3)
+    monkeypatch.setattr(merge, "QUIET_MAX_S", 0.3)
+    monkeypatch.setattr(merge, "SLOT_QUIET_S", slot_quiet_s)
     async with cluster() as made:
         volume = await made.client()
         file, data = await crowded_file(volume, slots=1)
-        puts = sum(store.puts for store in made.stores)
-        (count,) = await counts(volume, file.inode)
-        assert count > merging.EXTENTS_MAX
-        for n in range(5):
-            await crowd(file, data, first=n, every=SLOT // 2)
-        assert sum(store.puts for store in made.stores) == puts + 5 * 3, "five commits, and no merge between them"
+        began_s = time.monotonic()
+        while time.monotonic() < began_s + 1.0 and not merges(volume):
+            await file.write(b"elsewhere", SLOT)
+            await file.flush()
+            await asyncio.sleep(0.02)
+        assert bool(merges(volume)) is is_merged
+        await until(lambda: merges(volume) == 1)
+        assert (await counts(volume, file.inode))[0] == 1
+        assert await contents(volume, file.inode) == data + b"elsewhere"
 
 
 async def test_what_was_fsynced_survives_a_power_cut_right_after_its_merge(at_once: None) -> None:
