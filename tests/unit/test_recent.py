@@ -1,13 +1,14 @@
 """What a mount may answer without asking: directories, the newest version of each, for a short time."""
 
 import asyncio
+import os
 import stat
 
 import msgspec
 
 from mendfs.client.recent import RECENT_MAX, Recent
 from mendfs.model import Attributes, CommitSequence, Inode
-from tests.unit.client_tools import cluster
+from tests.unit.client_tools import Proxy, cluster, read_all
 
 DIRECTORY = Attributes(
     inode=Inode(5),
@@ -85,3 +86,49 @@ async def test_every_change_of_a_client_is_in_what_it_knows_of_a_directory() -> 
         await fresh(folder.inode)
         await volume.rmdir(root, b"moved")
         await fresh(root)
+
+
+async def test_a_file_being_written_here_is_known_with_what_was_written_and_changed() -> None:
+    """As an assembler writes: it asks for its place after each piece, and each question was a round trip."""
+    async with cluster() as c:
+        volume = await c.client(flush_after_s=60)
+        made = await volume.make(Inode(1), b"file", stat.S_IFREG | 0o644, uid=0, gid=0, open=True)
+        file = await volume.open_made(made, flags=os.O_RDWR)
+        volume._names.recent.clear()
+        await file.write(b"x" * 100, 0)
+        assert (await volume.attributes(made.inode)).size == 100
+
+        def known() -> Attributes:
+            found = volume.recent_attributes(made.inode, 60)
+            assert found is not None
+            return found[0]
+
+        await file.write(b"x" * 100, 100)
+        assert known().size == 200
+        await volume.set_attributes(made.inode, mode=0o600)
+        assert known().mode == stat.S_IFREG | 0o600
+        await file.flush()
+        assert known().size == 200 and not file._file.is_dirty
+        await volume.set_attributes(made.inode, size=50)
+        assert known().size == 50
+        await volume.unlink(Inode(1), b"file")
+        assert known().nlink == 0
+        volume._names.recent.clear()
+        await volume.attributes(made.inode)
+        assert volume.recent_attributes(made.inode, 60) is None  # nothing unflushed: asked for each time
+
+
+async def test_what_is_read_of_a_file_made_here_is_known_without_asking() -> None:
+    async with cluster() as c:
+        proxy = Proxy(c.meta.address)
+        await proxy.start()
+        volume = await c.client(proxy.address, flush_after_s=60)
+        made = await volume.make(Inode(1), b"file", stat.S_IFREG | 0o644, uid=0, gid=0, open=True)
+        file = await volume.open_made(made, flags=os.O_RDWR)
+        await file.write(b"written", 5)
+        proxy.is_swallowing = True
+        async with asyncio.timeout(1):
+            assert await read_all(file) == bytes(5) + b"written"
+        proxy.is_swallowing = False
+        await volume.close(timeout_s=1)
+        await proxy.close()

@@ -29,7 +29,7 @@ from mendfs.model import (
     Slot,
     SlotExtents,
 )
-from mendfs.wire.messages.meta import Committed, Extents, Merged, Opened
+from mendfs.wire.messages.meta import OPEN_SLOTS_MAX, Committed, Extents, Merged, Opened
 
 log = structlog.get_logger("mendfs.client")
 
@@ -207,6 +207,13 @@ class File:
             self._learn_slots(opened.slots, range(opened.slots_complete))
             self.kernel_version = self.version
         return keep
+
+    def learn_made(self, attributes: Attributes) -> None:
+        """The answer to the making of a file: it has no extents, and the kernel has nothing cached of it."""
+        self.learn(attributes)
+        if attributes.version == self.version:
+            self._learn_slots((), range(OPEN_SLOTS_MAX))
+            self.kernel_version = self.version
 
     def learn_extents(self, answer: Extents, first: Slot) -> bool:
         """An answer with extents. False if it is older than what is known: ask again."""

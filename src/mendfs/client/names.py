@@ -59,6 +59,11 @@ class Names:
     async def attributes(self, inode: Inode) -> Attributes:
         """Fresh attributes, with this client's unflushed writes."""
         found = await self._shared.session.query(messages.GetAttributes(inode), messages.Found)
+        file = self._shared.files.find(inode)
+        if file is not None and file.is_dirty:
+            # The kernel asks again after each write (an assembler looks where it is between all of them); what they
+            # change is known here. Who reads what others write has nothing unflushed, and asks each time.
+            self.recent.note_any(found.attributes)
         return self._shared.files.shown(found.attributes)
 
     async def make(

@@ -3,7 +3,7 @@
 A mount may answer the kernel from them within the time that it lets the kernel believe attributes anyway: a walk of a
 path asks again and again for the directories it goes through, and each question would be a round trip. Everything that
 this client changes comes with new attributes of it, so its own changes are never missing here. Files are noted only
-where they are opened: reads through a descriptor must see what others write.
+where they are opened or made, and while this client writes them: reads through a descriptor must see what others write.
 """
 
 import asyncio

@@ -311,8 +311,8 @@ class Volume:
     async def open_made(self, attributes: Attributes, *, flags: int) -> OpenFile:
         """Open a file just made with `make(open=True)`: no call to the meta server."""
         file = self._shared.files.get(attributes.inode)
-        file.learn(attributes)
-        file.kernel_version = file.version
+        file.learn_made(attributes)
+        self._names.recent.note_any(attributes)
         self._opens.opened(file)
         return self._open_file(file, flags, True)
 
