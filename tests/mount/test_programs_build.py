@@ -26,8 +26,7 @@ class Git:
     def __call__(self, *arguments: object, cwd: Path) -> str:
         who = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
         settings = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
-        # As git recommends where it matters: its objects and references are synced.
-        return self._place.run("git", "-c", "core.fsync=committed", *arguments, cwd=cwd, environment=who | settings)
+        return self._place.run("git", *arguments, cwd=cwd, environment=who | settings)
 
 
 @as_both_users
