@@ -110,3 +110,7 @@ class OpenFile:
             await self._writer.drain(self._file)
         finally:
             self._opens.closed(self._file)
+
+    def abandon(self) -> None:
+        """As `release`, for a caller that was interrupted and waits for nothing: what was written goes on its way."""
+        self._opens.in_background(self.release())

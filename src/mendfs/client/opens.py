@@ -6,6 +6,8 @@ has no name any more: its space is waiting.
 
 import asyncio
 from collections import Counter
+from collections.abc import Coroutine
+from typing import Any
 
 from mendfs.client.files import File, Files
 from mendfs.client.session import Session
@@ -55,6 +57,10 @@ class Opens:
         keep = file.learn_opened(opened)
         self.opened(file)
         return file, keep
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let a release go on that nobody waits for."""
+        self._tasks.spawn(work)
 
     async def _wait_until_told(self, inode: Inode) -> None:
         # A close that is under way would take the new open with it.

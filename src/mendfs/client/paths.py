@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 from mendfs.client.volume import Volume
 from mendfs.errors import OperationError, UsageError
@@ -26,14 +27,23 @@ def names_of(path: str) -> list[bytes]:
     return [name for name in encoded.split(b"/") if name not in (b"", b".")]
 
 
+class Place(NamedTuple):
+    """A name in a directory, and what it stands for if it is there."""
+
+    parent: Attributes
+    name: bytes
+    found: Attributes | None
+
+
 class _Walk:
-    """Where a path has led so far: the directories from the root on, for `..`."""
+    """Where a path has led so far: the directories from the root on, for `..`, and the names they were found under."""
 
     def __init__(self, volume: Volume, path: str, root: Attributes) -> None:
         self._volume = volume
         self._path = path
         self._links = 0
         self.at = [root]
+        self.names: list[bytes] = []
 
     async def step(self, name: bytes, *, follow: bool) -> list[bytes]:
         """Go to `name`; returns the names that come next because it was a symbolic link."""
@@ -44,6 +54,7 @@ class _Walk:
             raise OperationError(errno.ENAMETOOLONG, self._path)
         if name == b"..":
             self.at = self.at[:-1] or self.at
+            self.names = self.names[:-1]
             return []
         try:
             found = await self._volume.lookup(here.inode, name)
@@ -51,18 +62,18 @@ class _Walk:
             raise OperationError(error.errno, self._path) from error
         if not stat.S_ISLNK(found.mode) or not follow:
             self.at.append(found)
+            self.names.append(name)
             return []
         self._links += 1
         if self._links > LINKS_MAX:
             raise OperationError(errno.ELOOP, self._path)
         target = await self._volume.readlink(found.inode)
         if target.startswith(b"/"):
-            self.at = self.at[:1]
+            self.at, self.names = self.at[:1], []
         return [part for part in target.split(b"/") if part not in (b"", b".")]
 
 
-async def resolve(volume: Volume, path: str, follow: bool = True) -> Attributes:
-    """The inode at `path`; with `follow` False a symbolic link at its end is itself the answer."""
+async def _walk(volume: Volume, path: str, *, follow: bool) -> _Walk:
     walk = _Walk(volume, path, await volume.attributes(ROOT_INODE))
     names = names_of(path)
     while names:
@@ -71,7 +82,43 @@ async def resolve(volume: Volume, path: str, follow: bool = True) -> Attributes:
         names = await walk.step(name, follow=follow or bool(names) or path.endswith("/")) + names
     if path.endswith("/") and not stat.S_ISDIR(walk.at[-1].mode):
         raise OperationError(errno.ENOTDIR, path)
-    return walk.at[-1]
+    return walk
+
+
+async def resolve(volume: Volume, path: str, follow: bool = True) -> Attributes:
+    """The inode at `path`; with `follow` False a symbolic link at its end is itself the answer."""
+    return (await _walk(volume, path, follow=follow)).at[-1]
+
+
+async def canonical_directory(volume: Volume, path: str) -> str:
+    """The path of the directory that `path` leads to, without links, dots and double slashes."""
+    walk = await _walk(volume, path, follow=True)
+    if not stat.S_ISDIR(walk.at[-1].mode):
+        raise OperationError(errno.ENOTDIR, path)
+    return "/" + os.fsdecode(b"/".join(walk.names))
+
+
+async def resolve_place(volume: Volume, path: str) -> Place:
+    """Where `path` leads, links at its end followed; the last name need not be there.
+
+    Raises UsageError for the root: it has no name.
+    """
+    walk = _Walk(volume, path, await volume.attributes(ROOT_INODE))
+    names = names_of(path)
+    while names:
+        name = names.pop(0)
+        try:
+            names = await walk.step(name, follow=True) + names
+        except OperationError as error:
+            if error.errno != errno.ENOENT or names:
+                raise
+            return Place(walk.at[-1], name, None)
+    if not walk.names:
+        raise UsageError(f"{path!r} is the root of the volume: it cannot be replaced")
+    found = walk.at[-1]
+    if path.endswith("/") and not stat.S_ISDIR(found.mode):
+        raise OperationError(errno.ENOTDIR, path)
+    return Place(walk.at[-2], walk.names[-1], found)
 
 
 async def resolve_parent(volume: Volume, path: str) -> tuple[Attributes, bytes]:

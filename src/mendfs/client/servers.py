@@ -192,6 +192,10 @@ class Servers:
         """All servers as the meta server last described them."""
         return tuple(server.view for _, server in sorted(self._servers.items()))
 
+    def all(self) -> tuple[DataServer, ...]:
+        """All servers, by number."""
+        return tuple(server for _, server in sorted(self._servers.items()))
+
     def find(self, number: ServerNumber) -> DataServer | None:
         """The server with this number, if the meta server has told of it."""
         return self._servers.get(number)

@@ -144,6 +144,16 @@ class Session:
                 log.warning("the session could not be ended; its lease will", reason=str(error))
             await self._peer.close()
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the meta server is there, as far as the connection shows."""
+        return self._peer is not None and not self._peer.is_closed
+
+    @property
+    def connection_changes(self) -> Changes:
+        """Notified when the connection has come or gone, or could not be made."""
+        return self._connected
+
     # --- asking -----------------------------------------------------------------------------------------------
 
     async def query(self, message: Message, answer: type[Answer], *, timeout_s: float | None = None) -> Answer:
@@ -305,6 +315,7 @@ class Session:
             self._connected.notify()
             await self._renew_until_closed(peer)
             self._peer = None
+            self._connected.notify()
 
     async def _begin(self, peer: Peer) -> None:
         """Open or resume the session on a new connection; the connection is closed if that fails."""
@@ -373,6 +384,7 @@ class Session:
         self._life += 1
         self._id = None
         peer, self._peer = self._peer, None
+        self._connected.notify()
         self._owner.session_lost()
         if peer is not None:
             self._tasks.spawn(peer.close())

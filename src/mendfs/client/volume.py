@@ -31,6 +31,7 @@ from mendfs.client.shared import Budget, Shared
 from mendfs.client.space import Space
 from mendfs.client.tasks import Tasks
 from mendfs.client.uploader import Uploader
+from mendfs.client.watch import Reach, watch
 from mendfs.client.where import Where, WhereSlot
 from mendfs.client.writer import Writer
 from mendfs.errors import MendfsError, OperationError
@@ -345,6 +346,10 @@ class Volume:
     async def where(self, inode: Inode, *, verify: bool = True) -> tuple[WhereSlot, ...]:
         """Slots, extents, replicas and their states; with `verify`, every replica is read and checked."""
         return await Where(self._shared, self._fetcher).of(inode, verify=verify)
+
+    async def watch(self, tell: Callable[[Reach], None]) -> None:
+        """Tell which servers can be reached, and whenever that changes, until cancelled. Keeps a connection to each."""
+        await watch(self._shared, tell)
 
     def _check_writable(self) -> None:
         if self._options.read_only:

@@ -30,8 +30,8 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 BYTES_PER_SECTOR = 512
 """The unit of st_blocks, whatever the file system's own block is."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+libc = ctypes.CDLL(None, use_errno=True)
+libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class LocalFile:
@@ -86,7 +86,7 @@ class LocalFile:
     def punch(self, offset: int, length: int) -> None:
         """Give the space back; the range reads as zeros."""
         flags = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-        while _libc.fallocate(self._fd, flags, offset, length) != 0:
+        while libc.fallocate(self._fd, flags, offset, length) != 0:
             code = ctypes.get_errno()
             if code != errno.EINTR:
                 raise OSError(code, os.strerror(code), self._path)
@@ -217,3 +217,10 @@ class LocalDisk:
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, functools.partial(function, *args, **kwargs))
+
+
+def umask() -> int:
+    """The mode bits that this process keeps off what it makes. The system only tells it by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
