@@ -1,54 +1,37 @@
 """Looking at a cluster: status, servers, contents, where."""
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 from mendfs.cli import options
+from mendfs.cli.command import At, Command, on_command_line, register
 
 ServerName = Annotated[str, typer.Argument(metavar="SERVER", help="Number of a data server, or its id.")]
 
 
-def show_json(document: object) -> None:
-    """One JSON document on standard output."""
-    print(json.dumps(document))
-
-
-def status(
-    meta: options.Meta = "",
-    dir: options.Dir = "",
-    secret_file: options.SecretFile = "",
-    as_json: options.Json = False,
-) -> None:
+async def status(at: At, as_json: options.Json = False) -> None:
     """The volume, its health, and every data server."""
     from mendfs.cli.questions import status_of
     from mendfs.cli.status_text import status_text
 
-    document = options.run(status_of(options.locate(meta, dir, secret_file)))
-    show_json(document) if as_json else print(status_text(document))
+    document = await status_of(at.located)
+    await (at.write_json(document) if as_json else at.write(status_text(document) + "\n"))
 
 
-def servers(
-    meta: options.Meta = "",
-    dir: options.Dir = "",
-    secret_file: options.SecretFile = "",
-    as_json: options.Json = False,
-) -> None:
+async def servers(at: At, as_json: options.Json = False) -> None:
     """Every data server."""
     from mendfs.cli.questions import status_of
     from mendfs.cli.status_text import servers_text
 
-    found = options.run(status_of(options.locate(meta, dir, secret_file)))["servers"]
-    show_json(found) if as_json else print(servers_text(found))
+    found = (await status_of(at.located))["servers"]
+    await (at.write_json(found) if as_json else at.write(servers_text(found) + "\n"))
 
 
-def contents(
+async def contents(
+    at: At,
     server: ServerName,
-    meta: options.Meta = "",
-    dir: options.Dir = "",
-    secret_file: options.SecretFile = "",
     verify: Annotated[bool, typer.Option("--verify", help="Read and check every block.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -56,36 +39,36 @@ def contents(
     from mendfs.cli.questions import contents_of
     from mendfs.cli.tables import table
 
-    blocks = options.run(contents_of(options.locate(meta, dir, secret_file), server, verify=verify))
+    blocks = await contents_of(at.located, server, verify=verify)
     if as_json:
-        show_json(blocks)
+        await at.write_json(blocks)
         return
     heads = ("partition", "id", "inode", "slot", "replica", "length", "ok")
     rows = [tuple("-" if block[head] is None else block[head] for head in heads[:-1]) for block in blocks]
-    print(table(heads, [(*row, "yes" if block["ok"] else "NO") for row, block in zip(rows, blocks, strict=True)]))
+    rows = [(*row, "yes" if block["ok"] else "NO") for row, block in zip(rows, blocks, strict=True)]
+    await at.write(table(heads, rows) + "\n")
 
 
-def where(
+async def where(
+    at: At,
     path: Annotated[str, typer.Argument(metavar="PATH", help="In the volume (/a/b), or below a mount.")],
-    meta: options.Meta = "",
-    dir: options.Dir = "",
-    secret_file: options.SecretFile = "",
     quick: Annotated[bool, typer.Option("--quick", help="Ask what is there; do not read and check it.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Where a file's blocks are, and how each replica is."""
     from mendfs.cli.questions import where_of
 
-    document = options.run(where_of(options.locate(meta, dir, secret_file), path, verify=not quick))
-    show_json(document) if as_json else print(_where_text(document))
+    document = await where_of(at.volume, at.path(path), verify=not quick)
+    await (at.write_json(document) if as_json else at.write(_where_text(document) + "\n"))
 
 
 def _where_text(document: Mapping[str, Any]) -> str:
+    from mendfs.cli.complaints import escaped
     from mendfs.cli.tables import table
     from mendfs.cluster.sizes import exact_size
 
     lines = [
-        f"{document['path']}: inode {document['inode']}, {document['size']} bytes, "
+        f"{escaped(document['path'])}: inode {document['inode']}, {document['size']} bytes, "
         f"blocks of {exact_size(document['block_size'])}"
     ]
     rows = [
@@ -107,7 +90,15 @@ def _where_text(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (status, servers, contents, where):
-        app.command()(command)
+COMMANDS = (
+    Command(status, needs_volume=False),
+    Command(servers, needs_volume=False),
+    Command(contents, needs_volume=False),
+    Command(where),
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in COMMANDS:
+        register(app, command, on_command_line(command))

@@ -8,15 +8,14 @@ import asyncio
 import io
 import os
 import sys
-import traceback
 from typing import Annotated
 
 import typer
 
 from mendfs import __version__
-from mendfs.cli import cluster, files, look, machines
-from mendfs.cli.options import DEBUG
-from mendfs.errors import MendfsError, UsageError
+from mendfs.cli import cluster, files, look, machines, shell
+from mendfs.cli.complaints import complain, explain
+from mendfs.errors import UsageError
 
 INTERRUPTED = 130
 """What shells report for a command ended by Ctrl-C."""
@@ -39,8 +38,10 @@ def version(show: bool = typer.Option(False, "--version", help="Show the version
         raise typer.Exit
 
 
-for group in (cluster, machines, look, files):
+for group in (cluster, machines):
     group.register(app)
+for shared in (look, files, shell):
+    shared.add_to(app)
 
 
 @app.command()
@@ -83,30 +84,21 @@ def simulate(
         raise typer.Exit(1)
 
 
-def complain(text: str) -> None:
-    """One line on standard error."""
-    print(f"mendfs: {' '.join(text.split())}", file=sys.stderr)
-
-
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit code."""
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments or ["--help"], prog_name="mendfs", standalone_mode=False)
         sys.stdout.flush()
-    except MendfsError as error:
-        complain(str(error) or error.code)
-        return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has what it wanted ("mendfs ls | head"). Python would try to flush once more and complain.
         os._exit(1)
-    except OSError as error:
-        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
-        return 1
     except Exception as error:
-        return _unforeseen(error)
+        text, exit_code = explain(error)
+        complain(text)
+        return exit_code
     return code if isinstance(code, int) else 0
 
 
@@ -118,20 +110,6 @@ def _write_whole() -> None:
         sys.stdout = io.TextIOWrapper(
             whole, encoding=sys.stdout.encoding, errors=sys.stdout.errors, line_buffering=True
         )
-
-
-def _unforeseen(error: Exception) -> int:
-    # Wrong usage, in the words of the option parser; it has no public base class to be caught by.
-    message = getattr(error, "format_message", None)
-    if message is not None:
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context is not None else "mendfs"
-        complain(f'{str(message()).rstrip(".")}: see "{path} --help"')
-        return 2
-    if os.environ.get(DEBUG):
-        traceback.print_exception(error)
-    complain(f"internal error, {type(error).__name__}: {error} ({DEBUG}=1 shows where)")
-    return 1
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
 """What the commands that look at a cluster ask its servers, and the documents they make of the answers."""
 
+import os
 from typing import Any
 
+from mendfs.cli.file_text import json_name
 from mendfs.cli.options import Located, why_silent
-from mendfs.cli.volumes import open_volume, path_in_volume
 from mendfs.client.paths import resolve
+from mendfs.client.volume import Volume
+from mendfs.client.where import WhereSlot
 from mendfs.cluster.folder import read_secret
 from mendfs.cluster.query import ask, connect_as_tool
 from mendfs.errors import Unreachable, UsageError
@@ -86,34 +89,32 @@ def _block_document(block: HeldBlock, replica: int | None) -> dict[str, Any]:
     }
 
 
-async def where_of(located: Located, path: str, *, verify: bool) -> dict[str, Any]:
+async def where_of(volume: Volume, inside: str, *, verify: bool) -> dict[str, Any]:
     """Where each block of a file is."""
-    inside = path_in_volume(path)
-    async with open_volume(located, read_only=True) as volume:
-        attributes = await resolve(volume, inside)
-        slots = await volume.where(attributes.inode, verify=verify)
-        return {
-            "path": inside,
-            "inode": attributes.inode,
-            "size": attributes.size,
-            "block_size": volume.parameters.block_size,
-            "slots": [
-                {
-                    "slot": slot.slot,
-                    "extents": [
-                        {
-                            "offset": found.extent.offset_in_slot,
-                            "length": found.extent.length,
-                            "block": found.extent.block,
-                            "partition": found.extent.partition,
-                            "replicas": [
-                                {"server": replica.server, "replica": replica.replica, "state": replica.state}
-                                for replica in found.replicas
-                            ],
-                        }
-                        for found in slot.extents
-                    ],
-                }
-                for slot in slots
-            ],
-        }
+    attributes = await resolve(volume, inside)
+    return {
+        "path": json_name(os.fsencode(inside))["name"],
+        "inode": attributes.inode,
+        "size": attributes.size,
+        "block_size": volume.parameters.block_size,
+        "slots": [_slot_document(slot) for slot in await volume.where(attributes.inode, verify=verify)],
+    }
+
+
+def _slot_document(slot: WhereSlot) -> dict[str, Any]:
+    return {
+        "slot": slot.slot,
+        "extents": [
+            {
+                "offset": found.extent.offset_in_slot,
+                "length": found.extent.length,
+                "block": found.extent.block,
+                "partition": found.extent.partition,
+                "replicas": [
+                    {"server": replica.server, "replica": replica.replica, "state": replica.state}
+                    for replica in found.replicas
+                ],
+            }
+            for found in slot.extents
+        ],
+    }

@@ -1,5 +1,6 @@
 """A volume for one command: opened, used, flushed and closed; and paths as people name them."""
 
+import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -11,6 +12,8 @@ from mendfs.cluster.folder import read_secret
 from mendfs.errors import MendfsError, Unreachable, UsageError
 from mendfs.fuse import device
 from mendfs.world import real_world
+
+INTERRUPTED_CLOSE_S = 3.0
 
 
 @asynccontextmanager
@@ -25,6 +28,10 @@ async def open_volume(located: Located, *, read_only: bool = False) -> AsyncIter
         raise why_silent(located, error) from error
     try:
         yield volume
+    except asyncio.CancelledError:
+        # Ctrl-C: whoever gave up does not want to wait long for servers that are away.
+        await volume.close(timeout_s=INTERRUPTED_CLOSE_S)
+        raise
     except BaseException:
         await volume.close()
         raise
@@ -33,13 +40,24 @@ async def open_volume(located: Located, *, read_only: bool = False) -> AsyncIter
         raise MendfsError(f"not everything was stored: {'; '.join(unflushed)}")
 
 
-def path_in_volume(path: str) -> str:
-    """The path inside the volume that is meant: one below a mount of ours is taken from there on."""
+def below_mount(path: str) -> str | None:
+    """The path inside the volume of what lies at or below a mount of ours; None for any other path."""
     whole = device.absolute(path)
     mountpoints = [entry.mountpoint for entry in device.mount_entries() if entry.file_system == device.FILE_SYSTEM]
     for mountpoint in sorted(mountpoints, key=len, reverse=True):
         if whole == mountpoint or whole.startswith(mountpoint.rstrip("/") + "/"):
             return "/" + whole[len(mountpoint) :].strip("/")
+    return None
+
+
+def path_in_volume(path: str) -> str:
+    """The path inside the volume that is meant: one below a mount of ours is taken from there on."""
+    if not path:
+        raise UsageError("an empty path names nothing: paths in the volume begin with /")
+    below = below_mount(path)
+    if below is not None:
+        # The slash at the end says that it must be a directory.
+        return below + "/" if path.endswith("/") and below != "/" else below
     if not path.startswith("/"):
         raise UsageError(f"{path} is not below a mount: name a path in the volume, from / on")
     return path
