@@ -100,9 +100,9 @@ class At:
 
     async def write(self, text: str) -> None:
         """Text to standard output."""
-        await self.write_bytes(os.fsencode(text))
+        await self.write_raw(os.fsencode(text))
 
-    async def write_bytes(self, data: bytes | memoryview) -> None:
+    async def write_raw(self, data: bytes | memoryview) -> None:
         """Bytes to standard output; they must stay as they are until this returns."""
         from mendfs.world.streams import write_stream
 

@@ -256,7 +256,7 @@ async def _copy_range(at: At, file: OpenFile, offset: int, length: int | None) -
         count = await file.read_into(piece, offset)
         if not count:
             return
-        await at.write_bytes(piece[:count])
+        await at.write_raw(piece[:count])
         offset += count
         left -= count
 
