@@ -279,7 +279,7 @@ def test_without_descriptors_the_server_neither_spins_nor_dies(cluster: RealClus
 
 
 def test_a_hung_disk_is_waited_for_and_said(cluster: RealCluster) -> None:
-    with frozen_disk(cluster) as frozen:
+    with own_disk(cluster) as frozen:
         cluster.up("--servers", 1, "--replicas", 1)
         (cluster.mnt / "f").write_bytes(b"before")
         frozen.freeze()
@@ -313,7 +313,7 @@ def writing_durably(path: Path) -> Iterator[subprocess.Popen[bytes]]:
         writer.wait(60)
 
 
-class FreezableDisk:
+class LoopDisk:
     """An ext4 on a loop device, for a tmpfs cannot be frozen."""
 
     def __init__(self, path: Path, image: Path) -> None:
@@ -339,8 +339,8 @@ class FreezableDisk:
 
 
 @contextlib.contextmanager
-def frozen_disk(cluster: RealCluster) -> Iterator[FreezableDisk]:
-    made = FreezableDisk(cluster.dir / "meta", cluster.path / "image")
+def own_disk(cluster: RealCluster) -> Iterator[LoopDisk]:
+    made = LoopDisk(cluster.dir / "meta", cluster.path / "image")
     try:
         yield made
     finally:

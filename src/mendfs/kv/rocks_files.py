@@ -204,7 +204,7 @@ def check(path: str, options: Options) -> None:
 
 def _check_joins(path: str, options: Options, logs: list[str], synced: int | None) -> None:
     """Whether each log begins where the tables and the logs before it end."""
-    with _empty_folder() as empty:
+    with _empty_folder(path) as empty:
         options.set_wal_dir(empty)
         end = _sequence(path, options)
     filled = [name for name in logs if os.path.getsize(os.path.join(path, name))]
@@ -224,9 +224,14 @@ def _check_joins(path: str, options: Options, logs: list[str], synced: int | Non
 
 
 @contextlib.contextmanager
-def _empty_folder() -> Iterator[str]:
-    # RocksDB wants a folder for its logs: with an empty one it shows what the tables alone hold.
-    with tempfile.TemporaryDirectory(prefix="mendfs-") as empty:
+def _empty_folder(path: str) -> Iterator[str]:
+    # RocksDB wants a folder for its logs: with an empty one it shows what the tables alone hold. Elsewhere if that can
+    # be, for this disk may be full or read-only.
+    try:
+        made = tempfile.TemporaryDirectory(prefix="mendfs-")
+    except OSError:
+        made = tempfile.TemporaryDirectory(prefix="mendfs-", dir=path)
+    with made as empty:
         yield empty
 
 
