@@ -11,7 +11,7 @@ import pytest
 
 from mendfs.fuse import device
 from tests.ordinary_user import OrdinaryUser, UsersCluster, ordinary_user
-from tests.real_cluster import PROCESSES, until
+from tests.real_cluster import PROCESSES, RealCluster, until
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +281,23 @@ cat {path}/closed
     assert (lines[0], lines[3]) == ("open", "closed")  # root may read everything, once it is let in
     assert "Permission denied" in lines[1]
     assert "Permission denied" in lines[2]
+
+
+def test_root_may_stop_and_clean_up_what_a_user_runs(user: OrdinaryUser) -> None:
+    """And leaves them their files: they go on with the next `up`. Not even root may look into their mount."""
+    if not user.is_switched:
+        pytest.skip("needs root")
+    cluster = UsersCluster(user.folder("stopped"), user)
+    try:
+        cluster.up("--servers", 3)
+        user.check("sh", "-c", f"echo kept > {cluster.mnt}/file")
+        for is_killed in (False, True):
+            if is_killed:
+                cluster.kill_everything()
+            code, _, err = RealCluster.command(cluster, "down")
+            assert (code, err) == (0, "")
+            assert device.find_mount(str(cluster.mnt)) is None
+            cluster.up()
+            assert user.check("cat", f"{cluster.mnt}/file") == "kept\n"
+    finally:
+        cluster.clean_up()

@@ -142,8 +142,8 @@ class ClusterFolder:
         self._disk.replace_file(self.secret_path, secret.hex().encode() + b"\n", mode=0o600)
 
     def write_stop(self, wish: StopWish) -> None:
-        """Say how the cluster is to be stopped."""
-        self._disk.replace_file(self.inside("stop.json"), msgspec.json.encode(wish))
+        """Say how the cluster is to be stopped. Root may stop a user's, whose processes must be able to read it."""
+        self._disk.replace_file(self.inside("stop.json"), msgspec.json.encode(wish), mode=0o644)
 
     def read_stop(self) -> StopWish | None:
         """How the cluster is to be stopped, if somebody said so."""

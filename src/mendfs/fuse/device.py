@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import stat
+import subprocess
 import threading
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class MountEntry(NamedTuple):
     file_system: str
     owner: int | None = None
     """Who has mounted it, if it is a FUSE mount."""
+    group: int | None = None
 
 
 def _unescaped(field: bytes) -> str:
@@ -64,12 +66,9 @@ def mount_entries() -> list[MountEntry]:
         before, _, after = line.partition(b" - ")
         fields = before.split(b" ")
         kind, _, options = after.split(b" ", 2)
-        owner = re.search(rb"\buser_id=(\d+)", options)
-        entries.append(
-            MountEntry(
-                _unescaped(fields[4]), fields[2].decode(), kind.decode(), None if owner is None else int(owner[1])
-            )
-        )
+        owner = re.search(rb"\buser_id=(\d+),group_id=(\d+)", options)
+        user, group = (None, None) if owner is None else (int(owner[1]), int(owner[2]))
+        entries.append(MountEntry(_unescaped(fields[4]), fields[2].decode(), kind.decode(), user, group))
     return entries
 
 
@@ -129,12 +128,35 @@ def is_dead(mountpoint: str) -> bool:
         try:
             os.stat(mountpoint)
         except OSError as error:
-            errors.append(error.errno)
+            entry = find_mount(mountpoint)
+            if error.errno == errno.EACCES and is_root() and entry is not None and entry.owner:
+                # Even root is not let into an ordinary user's mount: the user is told what became of it.
+                errors.append(errno.ENOTCONN if _is_dead_for(mountpoint, entry) else None)
+            else:
+                errors.append(error.errno)
 
     looking = threading.Thread(target=look, name="look-at-mount", daemon=True)
     looking.start()
     looking.join(ANSWER_S)
     return bool(errors) and errors[0] in DEAD_MOUNT_ERRORS
+
+
+def _is_dead_for(mountpoint: str, entry: MountEntry) -> bool:
+    try:
+        done = subprocess.run(
+            ["stat", "--", mountpoint],
+            user=entry.owner,
+            group=entry.group,
+            extra_groups=[],
+            env={"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath)},
+            cwd="/",
+            capture_output=True,
+            timeout=ANSWER_S,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("cannot tell whether a user's mount still lives", mountpoint=mountpoint, error=str(error))
+        return False
+    return any(os.strerror(code).encode() in done.stderr for code in DEAD_MOUNT_ERRORS)
 
 
 def mount(mountpoint: str, flags: MountFlags) -> int:

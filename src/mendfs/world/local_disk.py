@@ -34,6 +34,13 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
+def _keep_owner(path: str, fd: int) -> None:
+    """A new file belongs to whom the one at `path` belongs: root may replace a user's file, who must still read it."""
+    if os.geteuid() == 0 and os.path.exists(path):
+        status = os.stat(path)
+        os.fchown(fd, status.st_uid, status.st_gid)
+
+
 class LocalFile:
     """A `File` on this machine."""
 
@@ -174,6 +181,7 @@ class LocalDisk:
         try:
             try:
                 os.fchmod(fd, mode)
+                _keep_owner(path, fd)
                 rest = memoryview(content)
                 while rest:
                     rest = rest[os.write(fd, rest) :]
