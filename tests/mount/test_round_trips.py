@@ -1,6 +1,7 @@
 """How many round trips each operation takes, over hosts with 10 ms of delay: the table of docs/performance.md."""
 
 import ctypes
+import json
 import os
 import stat
 import time
@@ -392,3 +393,22 @@ def test_a_thousand_names_come_in_one_answer(trips: Trips) -> None:
         assert len(os.listdir(f"{trips.mnt}/thousand")) == 1000
         trips.run(_list(trips, folder, 1000))
     assert [each.name for each in sent].count("list_directory") == 2, "one of the mount, one of the library"
+
+
+def test_the_benchmark_measures_these_trips(trips: Trips) -> None:
+    """What `mendfs bench latency` shows on a host that is far away is what the table says, in milliseconds."""
+    named = trips.machines.named
+    found = json.loads(trips.machines.must("other", "bench", "latency", *named, "--count", 7, "--json"))["latency"]
+    promised = _promised()
+    for shown, counted in (
+        ("mkdir", "mkdir"),
+        ("create, write 4KiB, close", "create, write 4 KiB, close"),
+        ("the same with fsync", "create, write 4 KiB, fsync, close"),
+        ("stat", "stat"),
+        ("open, read 4KiB, close", "open and read 4 KiB, cold"),
+        ("rename", "rename after a write, to a new name"),
+        ("unlink", "unlink"),
+    ):
+        median_ms = next(each["median_ms"] for each in found if each["operation"] == shown)
+        least_ms = 1000 * TRIP_S * promised[counted][1]
+        assert least_ms <= median_ms < 3 * least_ms, (shown, median_ms)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mendfs import __version__
-from mendfs.cli import cluster, files, look, machines, shell
+from mendfs.cli import bench, cluster, files, look, machines, shell
 from mendfs.cli.complaints import complain, explain
 from mendfs.errors import UsageError
 
@@ -38,7 +38,7 @@ def version(show: bool = typer.Option(False, "--version", help="Show the version
         raise typer.Exit
 
 
-for group in (cluster, machines):
+for group in (cluster, machines, bench):
     group.register(app)
 for shared in (look, files, shell):
     shared.add_to(app)
