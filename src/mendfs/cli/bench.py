@@ -1,11 +1,11 @@
 """`mendfs bench`: how fast this cluster is, seen from here, as a table or a document."""
 
+import json
 from typing import Annotated, Any
 
 import typer
 
 from mendfs.cli import options
-from mendfs.cli.look import show_json
 from mendfs.errors import UsageError
 
 KINDS = ("latency", "throughput", "files")
@@ -31,7 +31,7 @@ def bench(
         raise UsageError("--count and --size must be at least 1")
     located = options.locate(meta, dir, secret_file)
     found = options.run(measure(located, (what,) if what else KINDS, count=count, size=size_bytes))
-    show_json(found) if as_json else print(_text(found))
+    print(json.dumps(found)) if as_json else print(_text(found))
 
 
 def _text(found: dict[str, Any]) -> str:
