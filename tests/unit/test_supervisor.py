@@ -216,3 +216,56 @@ def test_a_full_disk_keeps_nothing_from_being_stopped(tmp_path: Path, monkeypatc
         assert any("No space left" in line for line in lines)
 
     asyncio.run(main())
+
+
+async def ended_and_started(processes: FakeProcesses, child: FakeChild, count: int) -> None:
+    """End a child, and wait until the supervisor has started so many in all."""
+    child.status.set_result(1)
+    await until(lambda: len(processes.started) >= count)
+
+
+def test_a_meta_server_that_cannot_start_for_a_passing_reason_is_said_once_and_tried_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        processes, notices = FakeProcesses(), list[str]()
+        supervisor = make(processes, tmp_path, notices)
+        await supervisor.start()
+        running = asyncio.create_task(supervisor.run())
+        folder = ClusterFolder(LocalDisk(), str(tmp_path))
+        processes.reports["meta"] = Failed("No space left on device: make room", 1)
+        await ended_and_started(processes, processes.started[0], 4)
+        await until(lambda: folder.read_troubles())
+        assert folder.read_troubles() == {"meta": "No space left on device: make room; tried again until it starts"}
+        await until(lambda: len(processes.started) >= 6)
+        assert sum("could not be started" in notice for notice in notices) == 1
+        processes.reports["meta"] = Ready()
+        await until(lambda: any("meta is up again" in notice for notice in notices))
+        assert folder.read_troubles() == {}
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_damaged_meta_server_is_not_started_again_and_a_restart_never_formats(tmp_path: Path) -> None:
+    async def main() -> None:
+        processes, notices = FakeProcesses(), list[str]()
+        supervisor = make(processes, tmp_path, notices)
+        meta = supervisor.kept[0]
+        assert isinstance(meta.role, MetaChild)
+        meta.role = msgspec.structs.replace(meta.role, may_format=True)
+        await supervisor.start()
+        assert not meta.role.may_format, "from now on an empty folder is a lost one"
+        record = ClusterFolder(LocalDisk(), str(tmp_path)).read()
+        assert record is not None and record.is_formatted
+        running = asyncio.create_task(supervisor.run())
+        processes.reports["meta"] = Failed("it is damaged", 1, is_final=True)
+        await ended_and_started(processes, processes.started[0], 4)
+        await until(lambda: meta.trouble)
+        assert meta.trouble.startswith("it is damaged; not tried again")
+        # A data server that ends is started again; the meta server is left alone.
+        await ended_and_started(processes, processes.started[1], 5)
+        assert [child.name for child in processes.started[3:]] == ["meta", "data-0"]
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
