@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -158,17 +158,23 @@ def everybody_may_open_the_device() -> Iterator[None]:
             lock.write(f"{mode:o}")
             lock.flush()
             os.chmod(device.DEVICE, 0o666)
-        yield
-        fcntl.flock(lock, fcntl.LOCK_UN)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return  # others are at it
-        lock.seek(0)
-        before = lock.read()
-        if before:
-            os.chmod(device.DEVICE, int(before, 8))
-            lock.truncate(0)
+            yield
+        finally:
+            _put_mode_back(lock)
+
+
+def _put_mode_back(lock: TextIO) -> None:
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return  # others are at it
+    lock.seek(0)
+    before = lock.read()
+    if before:
+        os.chmod(device.DEVICE, int(before, 8))
+        lock.truncate(0)
 
 
 @contextlib.contextmanager
