@@ -2,6 +2,7 @@
 
 import errno
 
+import msgspec
 import pytest
 
 from mendfs.blocks import block_digest
@@ -9,7 +10,8 @@ from mendfs.errors import AppendMoved, BadMessage, CommitRefused, OperationError
 from mendfs.kv.engine import Transaction
 from mendfs.meta import commit, freeing, ranges, schema, truncate
 from mendfs.meta.sessions import Answer, answered_once
-from mendfs.model import Inode, Partition, ServerNumber, SessionId, Slot
+from mendfs.model import Extent, Inode, MiB, Partition, ServerNumber, SessionId, Slot
+from mendfs.wire import frame
 from mendfs.wire.messages import meta as messages
 from mendfs.wire.messages import session as session_messages
 from tests.unit.meta_tools import BLOCK_SIZE, PARAMETERS, MetaVolume
@@ -239,7 +241,6 @@ async def test_commits_that_contradict_themselves_are_refused() -> None:
     volume, inode = await new_file()
     good = volume.commit_of(inode, 0, 10)
     extent = good.slots[0].extents[0]
-    import msgspec
 
     def with_extents(*extents: object) -> messages.Commit:
         return msgspec.structs.replace(good, slots=(messages.SlotChange(Slot(0), tuple(extents)),))  # type: ignore[arg-type]
@@ -271,3 +272,32 @@ async def test_a_slot_in_too_many_pieces_is_refused_before_it_breaks_a_transacti
     with pytest.raises(TooBig):
         await volume.write(inode, 6, 1)
     await volume.write(inode, 4, 1)
+
+
+async def test_a_slot_of_as_many_extents_as_may_be_fits_a_transaction_with_its_answer() -> None:
+    """The largest numbers and the longest root: stored, answered, and the answer stored too."""
+    parameters = msgspec.structs.replace(PARAMETERS, block_size=16 * MiB, checksum="blake3")
+    volume, inode = await new_file()
+    half = commit.EXTENTS_MAX // 2
+
+    async def write(number: int, offsets: range) -> messages.Committed:
+        length = len(offsets)
+        new = msgspec.structs.replace(volume.new_block(length), root=bytes(32))
+        extents = tuple(Extent(at, 1, new.partition, new.block, length, n, new.root) for n, at in enumerate(offsets))
+        at = messages.RequestId(1, number)
+        request = messages.Commit(at, inode, (new,), (messages.SlotChange(Slot(0), extents),), 16 * MiB, 50)
+
+        async def change(tx: Transaction) -> Answer:
+            return await commit.commit(tx, request, volume.session, parameters)
+
+        answer = await volume.do(answered_once, volume.session, at, change)
+        assert isinstance(answer, messages.Committed)
+        return answer
+
+    first = 16 * MiB - 4 * commit.EXTENTS_MAX
+    await write(1, range(first, first + 4 * half, 4))
+    done = await write(2, range(first + 2, first + 2 + 4 * half, 4))
+    assert len(done.slots[0].extents) == commit.EXTENTS_MAX
+    assert len(frame.encode(frame.ANSWER, 1, done)) < frame.MESSAGE_BYTES_MAX
+    with pytest.raises(TooBig):
+        await write(3, range(1))

@@ -53,7 +53,7 @@ META_TIMEOUT_S = 30.0
 RETRY_MIN_S = 2.0
 RETRY_MAX_S = 300.0
 HOLD_FROM = 4096
-"""Extents of a slot at which its next bytes wait for its merge: half of what the meta server accepts."""
+"""Extents of a slot at which its next bytes wait for its merge: what is on its way still has room in the slot."""
 GROWN_BY = 64
 """Extents that a slot must gain before it is looked at again after there was nothing to merge in it."""
 

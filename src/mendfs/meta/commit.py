@@ -20,8 +20,8 @@ from mendfs.meta.ranges import check_owned
 from mendfs.model import SIZE_MAX, Extent, Inode, SessionId, Slot, SlotExtents, Volume
 from mendfs.wire.messages import meta as messages
 
-EXTENTS_MAX = 8_000
-"""Extents a slot may have: at up to 60 bytes each, stored once and answered once, they stay below the engine's limit of
+EXTENTS_MAX = 7_000
+"""Extents a slot may have: at up to 72 bytes each, stored once and answered once, they stay below the engine's limit of
 1 MiB a transaction. Clients merge a slot long before."""
 SLOTS_READ_MAX = 1024
 """Slots one query may ask for."""
