@@ -84,6 +84,8 @@ def test_mistakes_when_a_cluster_is_started_again(cluster: RealCluster, tmp_path
         (["up", "--detach", "--servers", "2", "--replicas", "3"], ["3 replicas need at least 3 servers"]),
         (["up", "--detach", "--layout", "star"], ["--layout"]),
         (["up", "--detach", "--base-port", "70000"], ["--base-port 70000"]),
+        (["up", "--detach", "-o", "ro"], ["-o is about the mount", "--mount MNT"]),
+        (["up", "--detach", "--mount", ".", "-o", "bogus"], ["mount option 'bogus' is unknown"]),
         (["status"], ["no cluster", "mendfs up"]),
         (["down"], ["no cluster"]),
         (["ls", "/"], ["no cluster"]),

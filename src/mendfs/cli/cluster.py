@@ -66,6 +66,9 @@ def up(
 
     if base_port is not None and not 1 <= base_port <= 65535:
         raise UsageError(f"--base-port {base_port} is no port: choose one from 1024 to 65000")
+    words = checked_mount_options(mount_options)
+    if words and not mount:
+        raise UsageError("-o is about the mount: add --mount MNT")
     wishes = VolumeWishes(
         servers=servers,
         replicas=replicas,
@@ -81,7 +84,7 @@ def up(
         dir=options.folder_of(dir),
         wishes=wishes,
         mount=absolute(mount) if mount else "",
-        mount_options=checked_mount_options(mount_options),
+        mount_options=words,
         base_port=base_port,
     )
     if detach:
