@@ -198,8 +198,14 @@ def test_a_missing_or_closed_device_is_named(tmp_path: Path, monkeypatch: pytest
     assert refusal(tmp_path / "mnt").startswith(
         f"there is no {tmp_path}/none: load the kernel's module (modprobe fuse)"
     )
-    monkeypatch.setattr(device, "DEVICE", str(tmp_path / "mnt"))
-    assert refusal(tmp_path / "mnt").startswith(f"cannot open {tmp_path}/mnt" if device.is_root() else "cannot mount")
+    if device.is_root():
+        monkeypatch.setattr(device, "DEVICE", str(tmp_path / "mnt"))
+        assert refusal(tmp_path / "mnt").startswith(f"cannot open {tmp_path}/mnt: Is a directory")
+        return
+    closed = tmp_path / "closed"
+    closed.touch(0o000)
+    monkeypatch.setattr(device, "DEVICE", str(closed))
+    assert refusal(tmp_path / "mnt").startswith(f"only root may open {closed} here")
 
 
 class SilentVolume(FakeVolume):
