@@ -172,6 +172,20 @@ def test_what_is_left_out_is_said_and_the_command_fails(three: RealCluster, tmp_
     three.mendfs("rm", "-r", "/odd")
 
 
+def test_a_full_disk_here_ends_the_copy_with_one_line_and_no_half_file(three: RealCluster, tmp_path: Path) -> None:
+    tiny = tmp_path / "tiny"
+    tiny.mkdir()
+    three.mendfs("write", "/too big", stdin=bytes(range(256)) * 8192)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tiny)], check=True)
+    try:
+        code, out, err = three.command("get", "/too big", tiny)
+        assert (code, out, err) == (1, "", f"mendfs: {tiny}/too big: No space left on device\n")
+        assert names(tiny) == []
+    finally:
+        subprocess.run(["umount", str(tiny)], check=True)
+    three.mendfs("rm", "/too big")
+
+
 def test_one_file_goes_where_cp_would_put_it(three: RealCluster, tmp_path: Path) -> None:
     source = tmp_path / "one"
     source.write_text("one")

@@ -1,7 +1,10 @@
 """`mendfs shell` on a real cluster: at a terminal, as people use it, and from a pipe."""
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +195,16 @@ ls
     code, _, _ = three.command("shell", "-e", stdin=b"rm /none\nmkdir /wrong")
     assert code == 1
     assert three.mendfs("ls", "/").split() == ["right"]
+
+
+def test_closed_streams_are_an_error_at_most(three: RealCluster) -> None:
+    """libuv ends a process whose event loop got descriptor 0, 1 or 2 (found by ">&-")."""
+    environment = {**os.environ, "MENDFS_DIR": str(three.dir)}
+    program = f"{shlex.join([sys.executable, *SHELL])}"
+    script = f"echo pwd | {program} >&-; echo $?; {program} <&-; echo $?; echo pwd | {program} 2>&-; echo $?"
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1\n0\n/\n0\n"
+    assert done.stderr == "mendfs: line 1: standard output: Bad file descriptor\n"
 
 
 @pytest.mark.seed("B6")

@@ -370,6 +370,35 @@ async def test_an_interrupted_copy_leaves_no_half_file_under_any_name(tmp_path: 
         assert sorted(os.listdir(tmp_path)) == ["source", "target"] and target.read_text() == "mine"
 
 
+async def test_files_that_vanish_while_a_tree_is_copied_are_named_and_the_rest_is_there(
+    tmp_path: Path, capsys: Errors
+) -> None:
+    for number in range(40):
+        (tmp_path / f"f{number}").write_bytes(b"%d" % number)
+    (tmp_path / "directory").mkdir()
+    async with cluster() as servers:
+        at = At(Located("", "", ""), await servers.client(), folder="/")
+        for store in servers.stores:
+            store.hold_puts = asyncio.Event()
+        copying = asyncio.create_task(
+            put(at, [str(tmp_path)], "/t", recursive=True, progress=Progress("", wanted=False))
+        )
+        while not any(store.puts for store in servers.stores):
+            await asyncio.sleep(0.01)
+        for path in tmp_path.iterdir():  # all are listed, and some are open: those are copied
+            path.rmdir() if path.is_dir() else path.unlink()
+        for store in servers.stores:
+            assert store.hold_puts is not None
+            store.hold_puts.set()
+        counts = await copying
+        copied = {path for path in await paths_below(at.volume) if path.startswith("/t/f")}
+        lines = capsys.readouterr().err.splitlines()
+        vanished = [line for line in lines if line.endswith("vanished before it was copied")]
+        assert counts.files == len(copied) > 0 and len(vanished) + len(copied) == 40 and at.exit_code == 1
+        assert counts.skipped == len(lines) >= len(vanished) > 0
+        assert {path for path in await paths_below(at.volume) if "mendfs" in path} == set()
+
+
 async def test_a_full_volume_ends_the_copy_at_once_and_says_so(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"f{number}").write_bytes(b"x" * 1000)

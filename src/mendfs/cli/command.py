@@ -108,7 +108,12 @@ class At:
 
         if data:
             self.is_mid_line = data[-1] != NEWLINE
-            await write_stream(self.output, data)
+            try:
+                await write_stream(self.output, data)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, "standard output") from None
 
     async def write_json(self, document: object) -> None:
         """One JSON document on standard output."""

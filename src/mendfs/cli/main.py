@@ -16,6 +16,7 @@ from mendfs import __version__
 from mendfs.cli import bench, cluster, files, look, machines, shell
 from mendfs.cli.complaints import complain, explain
 from mendfs.errors import UsageError
+from mendfs.world.streams import fill_closed_streams
 
 INTERRUPTED = 130
 """What shells report for a command ended by Ctrl-C."""
@@ -89,7 +90,8 @@ def run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments or ["--help"], prog_name="mendfs", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # ">&-" closes it
+            sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
@@ -114,6 +116,7 @@ def _write_whole() -> None:
 
 def main() -> None:
     """The entry point of the `mendfs` command."""
+    fill_closed_streams()
     _write_whole()
     sys.exit(run(sys.argv[1:]))
 

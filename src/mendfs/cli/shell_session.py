@@ -6,13 +6,14 @@ command that runs, not the shell.
 
 import asyncio
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable
 
-from mendfs.cli.command import STDIN
+from mendfs.cli.command import STDIN, STDOUT
 from mendfs.cli.options import Located
-from mendfs.cli.shell_commands import Shell, run_script
+from mendfs.cli.shell_commands import INTERRUPTED, Shell, run_script
 from mendfs.cli.shell_notices import notices
 from mendfs.cli.volumes import open_volume
 from mendfs.client.volume import Volume
@@ -26,12 +27,15 @@ FIRST_LOOK_S = 1.5
 
 async def run_shell(located: Located, *, stop_at_failure: bool) -> int:
     """Run it; returns the exit code."""
+    is_terminal = os.isatty(STDIN) and os.isatty(STDOUT)
+    loop = asyncio.get_running_loop()
     async with open_volume(located) as volume:
         shell = Shell(located, volume)
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, _interrupted, shell, asyncio.current_task())
+        # At the prompt Ctrl-C is a key like others; a script that waits for its next line ends.
+        idle = None if is_terminal else asyncio.current_task()
+        loop.add_signal_handler(signal.SIGINT, _interrupted, shell, idle)
         try:
-            if sys.stdin.isatty() and sys.stdout.isatty():
+            if is_terminal:
                 from mendfs.cli.shell_prompt import Prompt
 
                 prompt = Prompt(shell)
@@ -41,14 +45,15 @@ async def run_shell(located: Located, *, stop_at_failure: bool) -> int:
             async with _Watcher(volume, located.meta, _say):
                 read = functools.partial(read_stream, STDIN, LINES_BYTES)
                 return await run_script(shell, read, stop_at_failure=stop_at_failure)
+        except asyncio.CancelledError:
+            return INTERRUPTED
         finally:
             loop.remove_signal_handler(signal.SIGINT)
 
 
-def _interrupted(shell: Shell, whole: "asyncio.Task[object] | None") -> None:
-    # Between commands there is only the reading of a script to end; at the prompt Ctrl-C is a key like others.
-    if not shell.interrupt() and not sys.stdin.isatty() and whole is not None:
-        whole.cancel()
+def _interrupted(shell: Shell, idle: "asyncio.Task[object] | None") -> None:
+    if not shell.interrupt() and idle is not None:
+        idle.cancel()
 
 
 def _say(line: str) -> None:

@@ -4,12 +4,14 @@ Everything blocks, so it is called on `Disk.run`'s threads, and raises OSError a
 copy is written beside its place under a name of its own and renamed, so no file ever stands half written in its place.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
 import secrets
 import stat
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from mendfs.world.disk import Buffer
@@ -166,12 +168,12 @@ class Target:
 
     def write(self, data: Buffer, offset: int) -> None:
         """Write all of `data` at `offset`."""
-        with self._lock:
+        with self._lock, self._named():
             self._open().write([data], offset)
 
     def finish(self, size: int, mode: int, times: Times, xattrs: dict[str, bytes]) -> bool:
         """Give it its size, attributes and name. Returns False if this file system keeps no extended attributes."""
-        with self._lock:
+        with self._lock, self._named():
             file = self._open()
             if file.size() != size:
                 file.truncate(size)
@@ -182,6 +184,14 @@ class Target:
             os.replace(self._beside, self.path)
             self._is_over = True
         return kept
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors name the file that was to be, not the one beside it; those of a descriptor name none."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from None
 
     def abandon(self) -> None:
         """Close and remove it, whatever state it is in; after `finish` there is nothing to remove."""

@@ -71,3 +71,16 @@ async def read_stream(fd: int, count: int) -> bytes:
 async def write_stream(fd: int, data: Buffer) -> None:
     """All of `data`, which must stay as it is until this returns. Raises OSError, BrokenPipeError among them."""
     await run_apart(_write_all, fd, data)
+
+
+def fill_closed_streams() -> None:
+    """Take the places of standard streams that the caller has closed (">&-").
+
+    The next file to be opened would get such a place, and with it what is meant for the terminal; the event loop's
+    library ends the process when its own are there. Writing to these fails, as it would without them.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # the lowest free number: this one
