@@ -172,6 +172,26 @@ def test_what_is_left_out_is_said_and_the_command_fails(three: RealCluster, tmp_
     three.mendfs("rm", "-r", "/odd")
 
 
+def test_a_path_below_a_mount_of_another_volume_is_refused(three: RealCluster, tmp_path: Path) -> None:
+    """`rm` of a file below a mount once removed the file of that name in the volume that --dir named."""
+    (tmp_path / "other").mkdir()
+    other = RealCluster(tmp_path / "other")
+    try:
+        other.up("--servers", 1)
+        for cluster in (three, other):
+            cluster.mendfs("write", "/same", str(cluster.dir))
+        code, out, err = three.command("rm", other.mnt / "same")
+        assert (code, out) == (2, "") and "another volume" in err and err.count("\n") == 1
+        assert (three.mnt / "same").read_text() == str(three.dir)
+        three.mendfs("put", other.mnt / "same", three.mnt / "copy")
+        assert (three.mnt / "copy").read_text() == str(other.dir)
+        assert b"mendfs" not in b"".join(map(os.fsencode, os.listxattr(three.mnt)))
+        three.mendfs("rm", three.mnt / "same", "/copy")
+        assert sorted(os.listdir(three.mnt)) == [] and os.listdir(other.mnt) == ["same"]
+    finally:
+        other.clean_up()
+
+
 def test_a_full_disk_here_ends_the_copy_with_one_line_and_no_half_file(three: RealCluster, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny"
     tiny.mkdir()

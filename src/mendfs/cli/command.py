@@ -91,7 +91,7 @@ class At:
             return posixpath.join(self._folder, path)
         from mendfs.cli.volumes import path_in_volume
 
-        return path_in_volume(path)
+        return path_in_volume(path, self.volume.parameters.id)
 
     def name(self, name: bytes) -> str:
         """A name as it is written to standard output: escaped on a terminal, as it is into a pipe or file."""

@@ -110,9 +110,9 @@ class _Get(Copying):
 
     def _refuse_own_inside(self, inside: str, local: str) -> None:
         """A tree cannot be copied into itself through a mount of this volume: the copying would never end."""
-        from mendfs.cli.volumes import below_mount
+        from mendfs.cli.volumes import own_path
 
-        own = below_mount(local)
+        own = own_path(local, self.at.volume.parameters.id)
         whole = "/" + os.path.normpath(inside).strip("/")
         if own is not None and (whole == "/" or own == whole or own.startswith(whole + "/")):
             raise UsageError(f"{inside} cannot be copied into itself, to {local}")

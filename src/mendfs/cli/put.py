@@ -120,9 +120,9 @@ class _Put(Copying):
 
     async def _refuse_own_inside(self, source: str, target: str) -> None:
         """A tree below a mount of this volume cannot go into itself: the copying would never end."""
-        from mendfs.cli.volumes import below_mount
+        from mendfs.cli.volumes import own_path
 
-        own = below_mount(source)
+        own = own_path(source, self.at.volume.parameters.id)
         if own is None:
             return
         parent = await canonical_directory(self.at.volume, os.path.dirname(target.rstrip("/")) or "/")

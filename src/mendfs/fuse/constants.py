@@ -103,3 +103,7 @@ FOPEN_NOFLUSH: Final = 1 << 5
 # Notifications.
 NOTIFY_INVAL_INODE: Final = 2
 NOTIFY_INVAL_ENTRY: Final = 3
+
+VOLUME_ID = b"system.mendfs.volume"
+"""Asked of a mount, it says which volume that is; no listing of attributes shows it. With it a command knows that a
+path below a mount is one of its own volume, and not another's of the same name."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from mendfs.errors import OperationError
 from mendfs.fuse import protocol_replies
+from mendfs.fuse.constants import VOLUME_ID
 from mendfs.fuse.protocol_replies import Replies
 from mendfs.fuse.protocol_requests import (
     GetAttributes,
@@ -159,10 +160,12 @@ class Names:
         """The errno of an attribute that no inode has; None: ask the volume."""
         if request.name == CAPABILITY:
             return errno.ENODATA
-        return None if _is_supported(request.name) else errno.EOPNOTSUPP
+        return None if request.name == VOLUME_ID or _is_supported(request.name) else errno.EOPNOTSUPP
 
     async def get_xattr(self, header: Header, request: GetXattr) -> bytes:
         """A value, or its length."""
+        if request.name == VOLUME_ID:
+            return _sized(self._volume.parameters.id.encode(), request.size)
         return _sized(await self._volume.get_xattr(Inode(header.node), request.name), request.size)
 
     async def list_xattr(self, header: Header, request: ListXattr) -> bytes:
