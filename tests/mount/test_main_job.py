@@ -3,6 +3,7 @@
 MENDFS_WHOLE_TREE=1 takes all of the machine's Python and a file of 1 GiB instead of a part of each.
 """
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -189,3 +190,18 @@ def test_files_without_a_mount(cluster: RealCluster, tmp_path: Path) -> None:
     assert code == 1 and "-r" in err
     cluster.mendfs("rm", "-r", "/a")
     assert cluster.mendfs("ls", "/") == ""
+
+
+def test_down_flushes_and_ends_the_mounts_session(cluster: RealCluster) -> None:
+    """A child that thought it was not ready yet gave up at once when it was asked to stop."""
+    cluster.up("--servers", "3")
+    fd = os.open(cluster.mnt / "file", os.O_WRONLY | os.O_CREAT)
+    os.write(fd, b"not closed, not synced")
+    cluster.down()
+    with contextlib.suppress(OSError):
+        os.close(fd)  # its mount is gone
+    lines = (cluster.dir / "logs" / "meta.log").read_text().splitlines()
+    for event in ("session opened", "session ended"):
+        assert sum(event in line and str(cluster.mnt) in line for line in lines) == 1, event
+    cluster.up()
+    assert (cluster.mnt / "file").read_bytes() == b"not closed, not synced"

@@ -221,4 +221,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Under its own name: as `__main__` this module is there twice, and a role reports with the other copy's classes.
+    # So a child did not see that it was ready: asked to stop it gave up at once, and a mount did not flush.
+    from mendfs.cluster.child import main as main_by_name
+
+    main_by_name()
