@@ -6,6 +6,7 @@ are as forgetful as bytes: made or removed, they are durable after `sync_directo
 """
 
 import asyncio
+import contextvars
 import errno
 import os
 import posixpath
@@ -116,6 +117,8 @@ class SimDisk:
         self.nodes: dict[str, Node] = {}
         self.locks: dict[str, Process] = {}
         self.hung: asyncio.Event | None = None
+        self.when_written: Callable[[], None] | None = None
+        """What happens when the next operation that ran in a thread has been done, before anybody knows of it."""
         self._removed: dict[str, Node] = {}
         """Names whose removal is not durable."""
         self._directories: set[str] = set()
@@ -374,5 +377,9 @@ class ProcessDisk:
             return function(*args, **kwargs)
         finally:
             # The thread has ended, the event loop does not know yet: a crash here is one after the operation.
-            if rng.random() < 0.2:
+            if disk.when_written is not None:
+                happens, disk.when_written = disk.when_written, None
+                disk.loop.call_soon(happens, context=contextvars.Context())
+                await asyncio.sleep(delay_s)
+            elif rng.random() < 0.2:
                 await asyncio.sleep(delay_s)

@@ -13,6 +13,8 @@ import msgspec
 from mendfs.sim.machines import DataMachine, Machine
 from mendfs.sim.scenario import Simulation
 
+MOMENT_S_MAX = 5.0
+"""A fault that waits for its moment happens after this anyway."""
 DURATION_S_MAX = 30.0
 """Longest that anything stays broken."""
 
@@ -27,10 +29,13 @@ class Fault(msgspec.Struct, frozen=True):
     """The other end, of a link's faults."""
     duration_s: float = 0.0
     draw: int = 0
+    moment: str = "now"
+    """now; sending: when the target next sends something, which is lost; written: when its disk has done something."""
 
     def __str__(self) -> str:
         link = f" - {self.other}" if self.other else ""
-        return f"{self.at_s:.1f} s: {self.kind} {self.target}{link} for {self.duration_s:.1f} s"
+        moment = "" if self.moment == "now" else f" when {self.moment}"
+        return f"{self.at_s:.1f} s: {self.kind} {self.target}{link}{moment} for {self.duration_s:.1f} s"
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +105,14 @@ def draw_plan(profile: Profile, rng: random.Random, *, servers: int, clients: in
         elif kind in ("rot", "sync_error", "read_errors"):
             target = f"data{weak}"
         duration_s = min(DURATION_S_MAX, rng.expovariate(1 / 6))
-        plan.append(Fault(round(at_s, 3), base, target, other, round(duration_s, 3), rng.getrandbits(32)))
+        moments = ["now"]
+        if base.startswith(("kill", "power_meta", "reset", "half_open")) or base == "power":
+            moments = ["now", "sending", "sending", "written"]
+        moment = rng.choice(moments)
+        if base in ("reset", "half_open") and moment != "now":
+            # What is lost matters most on the way from the meta server: an answer to a change that was made.
+            moment, target = "sending", rng.choice(["meta", "meta", target])
+        plan.append(Fault(round(at_s, 3), base, target, other, round(duration_s, 3), rng.getrandbits(32), moment))
         at_s += rng.expovariate(1 / profile.every_s)
     return plan
 
@@ -171,7 +183,25 @@ class Breaker:
             "sync_error": self._disk,
             "rot": self._rot,
         }
+        if fault.kind not in ("reset", "half_open"):
+            await self._moment(fault)
         await work[fault.kind](fault)
+
+    async def _moment(self, fault: Fault) -> None:
+        """Wait for it, but not for ever."""
+        if fault.moment == "now" or fault.target not in self._machines:
+            return
+        come: asyncio.Future[None] = self._sim.loop.create_future()
+
+        def happens(_: object = None) -> None:
+            if not come.done():
+                come.set_result(None)
+
+        if fault.moment == "sending":
+            self._sim.network.when_sending[fault.target] = happens
+        else:
+            self._machines[fault.target].disk.when_written = happens
+        await asyncio.wait([come], timeout=MOMENT_S_MAX)
 
     async def _kill(self, fault: Fault) -> None:
         self._machines[fault.target].kill()
@@ -228,6 +258,10 @@ class Breaker:
     async def _reset(self, fault: Fault) -> None:
         network = self._sim.network
         rng = random.Random(fault.draw)
+        if fault.moment == "sending":
+            told = None if fault.kind == "reset" else rng.randrange(2)
+            network.when_sending[fault.target] = lambda connection: network.reset(connection, told=told)
+            return
         hosts = {fault.target, fault.other}
         found = [each for each in network.connections if set(each.hosts) == hosts] or list(network.connections)
         if found:

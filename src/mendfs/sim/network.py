@@ -52,6 +52,8 @@ class SimNetwork:
         self._slow: dict[tuple[str, str], float] = {}
         self._dark: set[str] = set()
         self._last_port = 0
+        self.when_sending: dict[str, Callable[[Connection], None]] = {}
+        """Host -> what happens the next time that a process of it sends something, which is lost then."""
 
     def at(self, host: str, process: Process) -> "HostNetwork":
         """The network as a process on `host` sees it."""
@@ -193,6 +195,11 @@ class Stream:
     def send(self, what: bytes | str) -> None:
         """Set out; arrives after all that was sent before."""
         network = self.connection.network
+        if isinstance(what, bytes) and self.hosts[0] in network.when_sending:
+            # Not from within the sender's own call: what kills it must find it between two steps.
+            happens = network.when_sending.pop(self.hosts[0])
+            network.loop.call_soon(happens, self.connection, context=_OUTSIDE)
+            return
         length = len(what) if isinstance(what, bytes) else 0
         self._arrival_s = max(self._arrival_s, network.loop.time() + network.delay_s(*self.hosts, length))
         self.flying.append((self._arrival_s, what))
