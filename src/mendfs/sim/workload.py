@@ -49,6 +49,8 @@ class Workload:
         self.server_losses = 0
         """How often a data server did."""
         self.on_meta_lost: list[Callable[[], None]] = []
+        self._marks: dict[str, int] = {}
+        """Client -> operation that is durable when its newest change is."""
         self._locks: dict[int, asyncio.Lock] = {}
         self._unsettled_until_s: dict[int, float] = {}
         self._last_label = 0
@@ -123,9 +125,13 @@ class Workload:
         """See `Driver.call`."""
         return await self.driver.call(client, what, work, expect_life=life)
 
-    def synced(self, begun_at: int) -> None:
-        """A sync of the log that began when operation `begun_at` had been answered was answered."""
-        self.durable = max(self.durable, begun_at)
+    def changed(self, client: str, operation: int) -> None:
+        """A change of this client came after `operation`, and all before it, in the log."""
+        self._marks[client] = max(self._marks.get(client, 0), operation)
+
+    def synced(self, client: str) -> None:
+        """This client was told that its changes are durable, and with them all that the log has before them."""
+        self.durable = max(self.durable, self._marks.get(client, 0))
 
     # --- looking, where several things are possible ----------------------------------------------------
 
@@ -266,10 +272,13 @@ class Workload:
         refused: set[int],
     ) -> Outcome:
         """Do something that makes `changes`, or, if `refused` is not empty, must be refused with one of these."""
-        losses = self.meta_losses
+        losses, answered = self.meta_losses, self.operations
         outcome = await self.call(client, what, work)
         names = [name for name, _ in changes]
         self.operations += 1
+        if outcome.is_ok and losses == self.meta_losses:
+            # Others that were answered meanwhile may lie before it or behind it.
+            self.changed(client.name, self.operations if self.operations == answered + 1 else answered)
         if losses != self.meta_losses:
             # What was expected may have been lost in the middle of this, and the rest followed from what was left.
             possible = [value for _, value in changes] + [NONE]
@@ -406,6 +415,10 @@ class FileSession:
         """Answered, but not yet by a flush."""
         self._losses = workload.meta_losses
         self._had_error = False
+        self._doubts: list[str] = []
+        """Reads that were wrong, unless the next write, fsync or close tells of a write that was lost before them."""
+        self._answered = 0
+        """Operations on names that had been answered when this session last began to write."""
         self._life: Process | None = None
 
     async def _call(self, what: str, work: Callable[[Volume], Awaitable[Any]]) -> Outcome:
@@ -434,6 +447,8 @@ class FileSession:
             alive = await self._close(opened)
         if not alive or self._had_error:
             self._uncertain()
+        elif self._doubts:
+            self._workload.driver.violation(self._doubts[0])
 
     def _is_disturbed(self) -> bool:
         """Whether the meta server lost something since this session was sure of all."""
@@ -464,6 +479,7 @@ class FileSession:
             return True
         event = Event(self._client.name, offset, self._workload.data(length))
         assert event.data is not None
+        self._answered = self._workload.operations
         outcome = await self._call(f"write {length} at {offset} of", lambda _: opened.write(event.data or b"", offset))
         self._written.append(event)
         return self._continues(outcome)
@@ -491,14 +507,11 @@ class FileSession:
         for event in self._written:
             view.apply(event, is_certain=True)
         wanted = max(0, min(offset + length, view.size_min) - offset)
-        if count < wanted or offset + count > max(view.size_max, offset):
-            self._workload.driver.violation(
-                f"{self._client.name} read {count} bytes at {offset} of {self._file.label}, which has {view.size_min}"
-            )
-            return True
         problem = view.problem_with(bytes(buffer[:count]), offset)
+        if count < wanted or offset + count > max(view.size_max, offset):
+            problem = f"{count} bytes at {offset} came, and the file has {view.size_min}"
         if problem is not None:
-            self._workload.driver.violation(f"{self._client.name} read {self._file.label}: {problem}")
+            self._doubts.append(f"{self._client.name} read {self._file.label}: {problem}")
         return True
 
     async def _truncate(self) -> bool:
@@ -515,13 +528,13 @@ class FileSession:
         return not outcome.has_died
 
     async def _fsync(self, opened: OpenFile) -> bool:
-        begun_at = self._workload.operations
         outcome = await self._call("fsync", lambda _: opened.fsync())
         if outcome.is_ok and not self._had_error:
             # Whatever happened before: nobody told this descriptor of an error, so all of it is durable now.
             self._commit_written()
             self._file.synced(self._client.name)
-            self._workload.synced(begun_at)
+            self._workload.changed(self._client.name, self._answered)
+            self._workload.synced(self._client.name)
             self._losses = self._workload.meta_losses
         return self._continues(outcome)
 
