@@ -106,7 +106,7 @@ def draw_plan(profile: Profile, rng: random.Random, *, servers: int, clients: in
             target = f"data{weak}"
         duration_s = min(DURATION_S_MAX, rng.expovariate(1 / 6))
         moments = ["now"]
-        if base.startswith(("kill", "power_meta", "reset", "half_open")) or base == "power":
+        if base.startswith(("kill", "power", "reset", "half_open")):
             moments = ["now", "sending", "sending", "written"]
         moment = rng.choice(moments)
         if base in ("reset", "half_open") and moment != "now":
@@ -189,8 +189,9 @@ class Breaker:
 
     async def _moment(self, fault: Fault) -> None:
         """Wait for it, but not for ever."""
-        if fault.moment == "now" or fault.target not in self._machines:
+        if fault.moment == "now":
             return
+        target = f"data{fault.draw % len(self._sim.data)}" if fault.target == "all" else fault.target
         come: asyncio.Future[None] = self._sim.loop.create_future()
 
         def happens(_: object = None) -> None:
@@ -198,9 +199,9 @@ class Breaker:
                 come.set_result(None)
 
         if fault.moment == "sending":
-            self._sim.network.when_sending[fault.target] = happens
+            self._sim.network.when_sending[target] = happens
         else:
-            self._machines[fault.target].disk.when_written = happens
+            self._machines[target].disk.when_written = happens
         await asyncio.wait([come], timeout=MOMENT_S_MAX)
 
     async def _kill(self, fault: Fault) -> None:

@@ -143,15 +143,23 @@ class FileState:
         if is_certain:
             begin, end = event.range
             self.writers[begin:end] = self._mark(event.client) * (end - begin)
-            self.unreadable = [
-                part
-                for low, high in self.unreadable
-                for part in ((low, min(high, begin)), (max(low, end), high))
-                if part[0] < part[1]
-            ]
+            self._is_there(event)
+
+    def _is_there(self, event: Event) -> None:
+        """Its bytes are held, whatever was lost before."""
+        begin, end = event.range
+        self.unreadable = [
+            part
+            for low, high in self.unreadable
+            for part in ((low, min(high, begin)), (max(low, end), high))
+            if part[0] < part[1]
+        ]
 
     def synced(self, client: Client) -> None:
         """`client` was told that its changes are durable. What others wrote and nobody synced yet stays as it is."""
+        for event in self.since:
+            if event.client == client and event not in self._unsure:
+                self._is_there(event)
         if all(event.client == client for event in self.since) and not self._unsure:
             self.durable = self.now.copy()
             self.since = []

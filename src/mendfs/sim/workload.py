@@ -414,6 +414,7 @@ class FileSession:
         self._written: list[Event] = []
         """Answered, but not yet by a flush."""
         self._losses = workload.meta_losses
+        self._server_losses = workload.server_losses
         self._had_error = False
         self._doubts: list[str] = []
         """Reads that were wrong, unless the next write, fsync or close tells of a write that was lost before them."""
@@ -536,6 +537,7 @@ class FileSession:
             self._workload.changed(self._client.name, self._answered)
             self._workload.synced(self._client.name)
             self._losses = self._workload.meta_losses
+            self._server_losses = self._workload.server_losses
         return self._continues(outcome)
 
     def _commit_written(self) -> None:
@@ -554,8 +556,12 @@ class FileSession:
         if outcome.is_ok and not self._had_error:
             if self._is_disturbed():
                 self._uncertain()
-            else:
-                self._commit_written()
+                return True
+            ranges = [event.range for event in self._written]
+            self._commit_written()
+            if self._server_losses != self._workload.server_losses:
+                # Closed is not synced: servers that lost power meanwhile may have had what was stored before.
+                self._file.unreadable += ranges
             return True
         return self._continues(outcome)
 
