@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mendfs.client.paths import resolve
 from mendfs.client.volume import Volume, VolumeOptions
 from mendfs.cluster.folder import read_secret
 from mendfs.model import ROOT_INODE, Attributes, Inode, KiB
@@ -245,7 +246,21 @@ async def _unlink(trips: Trips, name: str) -> None:
 
 
 NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+DEEP = "/a/b/c/d"
+
+
+def _prepare_deep(trips: Trips, name: str) -> None:
+    os.makedirs(_path(trips, name + DEEP))
+
+
+async def _resolve(trips: Trips, path: str) -> None:
+    await resolve(trips.volume, path)
+
+
 ROWS: dict[str, Row] = {
+    "stat of a path of 5 names": Row(
+        _prepare_deep, lambda t, n, _: os.stat(_path(t, n + DEEP)), lambda t, n, _: _resolve(t, f"/{n}{DEEP}")
+    ),
     "stat": Row(_file(), lambda t, n, _: os.stat(_path(t, n)), lambda t, n, inode: _attributes(t, inode)),
     "mkdir": Row(_nothing, lambda t, n, _: os.mkdir(_path(t, n)), lambda t, n, _: _make_directory(t, n)),
     "create an empty file": Row(

@@ -9,6 +9,7 @@ from mendfs.client import paths
 from mendfs.client.volume import Volume
 from mendfs.errors import OperationError, UsageError
 from mendfs.model import Inode
+from mendfs.wire.messages.meta import WALK_NAMES_MAX
 from tests.unit.client_tools import cluster
 
 
@@ -66,3 +67,28 @@ async def test_a_path_is_split_at_its_last_name_and_directories_are_listed_whole
         found = [entry async for entry in paths.list_directory(volume, a)]
         assert [entry.name for entry in found] == [b"d0", b"d1", b"d2", b"d3", b"d4"]
         assert all(entry.attributes is not None for entry in found)
+
+
+async def test_a_path_may_be_deeper_than_one_walk_and_end_anywhere() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        at, names = Inode(1), [f"d{number}" for number in range(WALK_NAMES_MAX + 6)]
+        for name in names:
+            at = await directory(volume, at, name.encode())
+        path = "/" + "/".join(names)
+        assert (await paths.resolve(volume, path)).inode == at
+        assert await paths.canonical_directory(volume, f"{path}/../{names[-1]}/.") == path
+        await link(volume, at, b"back", path.encode())
+        assert (await paths.resolve(volume, f"{path}/back/back/back/..")).inode == (
+            await paths.resolve(volume, "/" + "/".join(names[:-1]))
+        ).inode
+        for missing in (f"{path}/nothing", f"{path}/nothing/at/all", f"/{names[0]}/nothing"):
+            with pytest.raises(OperationError) as caught:
+                await paths.resolve(volume, missing)
+            assert caught.value.errno == errno.ENOENT and missing in str(caught.value)
+        made = await volume.make(at, b"file", stat.S_IFREG | 0o644, uid=0, gid=0)
+        assert (await paths.resolve(volume, f"{path}/file")).inode == made.inode
+        for through in (f"{path}/file/below", f"{path}/file/.."):
+            with pytest.raises(OperationError) as caught:
+                await paths.resolve(volume, through)
+            assert caught.value.errno == errno.ENOTDIR

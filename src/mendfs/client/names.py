@@ -56,6 +56,12 @@ class Names:
             raise OperationError(errno.ENOENT)
         return self._shared.files.shown(found.attributes)
 
+    async def walk(self, inode: Inode, names: tuple[bytes, ...]) -> tuple[Attributes, ...]:
+        """The directory `inode`, then what each name in the one before stands for, as far as there are directories."""
+        answer = await self._shared.session.query(messages.Walk(inode, names), messages.Walked)
+        self.recent.note(*answer.found)
+        return tuple(self._shared.files.shown(attributes) for attributes in answer.found)
+
     async def attributes(self, inode: Inode) -> Attributes:
         """Fresh attributes, with this client's unflushed writes."""
         found = await self._shared.session.query(messages.GetAttributes(inode), messages.Found)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mendfs.client.volume import Volume
 from mendfs.errors import OperationError, UsageError
 from mendfs.model import NAME_BYTES_MAX, PATH_BYTES_MAX, ROOT_INODE, Attributes, Inode
-from mendfs.wire.messages.meta import DirectoryEntry
+from mendfs.wire.messages.meta import WALK_NAMES_MAX, DirectoryEntry
 
 LINKS_MAX = 40
 """Symbolic links followed in one path, as in Linux."""
@@ -36,17 +36,51 @@ class Place(NamedTuple):
 
 
 class _Walk:
-    """Where a path has led so far: the directories from the root on, for `..`, and the names they were found under."""
+    """Where a path has led so far: the directories from the root on, for `..`, and the names they were found under.
 
-    def __init__(self, volume: Volume, path: str, root: Attributes) -> None:
+    Names are asked for together, up to the next `..`; only a symbolic link on the way costs another call.
+    """
+
+    def __init__(self, volume: Volume, path: str) -> None:
         self._volume = volume
         self._path = path
         self._links = 0
-        self.at = [root]
+        self._known: dict[tuple[Inode, bytes], Attributes | None] = {}
+        self.at: list[Attributes] = []
         self.names: list[bytes] = []
 
-    async def step(self, name: bytes, *, follow: bool) -> list[bytes]:
-        """Go to `name`; returns the names that come next because it was a symbolic link."""
+    async def begin(self) -> list[bytes]:
+        """Stand at the root; returns the names to go."""
+        names = names_of(self._path)
+        self.at = [await self._ask(ROOT_INODE, names)]
+        return names
+
+    async def _ask(self, directory: Inode, names: list[bytes]) -> Attributes:
+        """Learn what the next names stand for; returns the directory itself."""
+        asked: list[bytes] = []
+        for name in names[:WALK_NAMES_MAX]:
+            if name == b".." or len(name) > NAME_BYTES_MAX:
+                break
+            asked.append(name)
+        found = await self._volume.walk(directory, tuple(asked))
+        for above, name, here in zip(found, asked, found[1:], strict=False):
+            self._known[above.inode, name] = here
+        if len(found) <= len(asked) and stat.S_ISDIR(found[-1].mode):
+            self._known[found[-1].inode, asked[len(found) - 1]] = None
+        return found[0]
+
+    async def _look_up(self, directory: Inode, name: bytes, rest: list[bytes]) -> Attributes:
+        if (directory, name) not in self._known:
+            await self._ask(directory, [name, *rest])
+        found = self._known[directory, name]
+        if found is None:
+            raise OperationError(errno.ENOENT)
+        return found
+
+    async def step(self, name: bytes, rest: list[bytes], *, follow: bool) -> list[bytes]:
+        """Go to `name`, after which `rest` is to come; returns the names that come before it because `name` was a
+        symbolic link.
+        """
         here = self.at[-1]
         if not stat.S_ISDIR(here.mode):
             raise OperationError(errno.ENOTDIR, self._path)
@@ -57,7 +91,7 @@ class _Walk:
             self.names = self.names[:-1]
             return []
         try:
-            found = await self._volume.lookup(here.inode, name)
+            found = await self._look_up(here.inode, name, rest)
         except OperationError as error:
             raise OperationError(error.errno, self._path) from error
         if not stat.S_ISLNK(found.mode) or not follow:
@@ -74,12 +108,12 @@ class _Walk:
 
 
 async def _walk(volume: Volume, path: str, *, follow: bool) -> _Walk:
-    walk = _Walk(volume, path, await volume.attributes(ROOT_INODE))
-    names = names_of(path)
+    walk = _Walk(volume, path)
+    names = await walk.begin()
     while names:
         name = names.pop(0)
         # A link with a slash behind it is followed even at the end, as the kernel does.
-        names = await walk.step(name, follow=follow or bool(names) or path.endswith("/")) + names
+        names = await walk.step(name, names, follow=follow or bool(names) or path.endswith("/")) + names
     if path.endswith("/") and not stat.S_ISDIR(walk.at[-1].mode):
         raise OperationError(errno.ENOTDIR, path)
     return walk
@@ -103,12 +137,12 @@ async def resolve_place(volume: Volume, path: str) -> Place:
 
     Raises UsageError for the root: it has no name.
     """
-    walk = _Walk(volume, path, await volume.attributes(ROOT_INODE))
-    names = names_of(path)
+    walk = _Walk(volume, path)
+    names = await walk.begin()
     while names:
         name = names.pop(0)
         try:
-            names = await walk.step(name, follow=True) + names
+            names = await walk.step(name, names, follow=True) + names
         except OperationError as error:
             if error.errno != errno.ENOENT or names:
                 raise

@@ -167,6 +167,10 @@ class Volume:
         """The inode that a name stands for, or ENOENT."""
         return await self._names.lookup(parent, name)
 
+    async def walk(self, inode: Inode, names: tuple[bytes, ...]) -> tuple[Attributes, ...]:
+        """The directory `inode`, then what each name in the one before stands for: one call for a whole path."""
+        return await self._names.walk(inode, names)
+
     async def attributes(self, inode: Inode) -> Attributes:
         """Fresh attributes; size and times include this client's unflushed writes."""
         return await self._names.attributes(inode)

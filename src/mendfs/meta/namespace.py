@@ -9,7 +9,7 @@ import stat
 
 import msgspec
 
-from mendfs.errors import OperationError
+from mendfs.errors import BadMessage, OperationError
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
 from mendfs.meta.inodes import changed, find, find_directory, new_record, touch, visible, write
@@ -70,6 +70,19 @@ async def look_up(tx: Transaction, parent: Inode, name: bytes) -> tuple[Attribut
         raise OperationError(errno.ENAMETOOLONG)
     entry = await _entry(tx, parent, name)
     return None if entry is None else visible(await find(tx, entry.inode)), directory.attributes
+
+
+async def walk(tx: Transaction, inode: Inode, names: tuple[bytes, ...]) -> tuple[Attributes, ...]:
+    """The directory, then what each name in the one before stands for, as far as that goes. Raises ENOENT, ENOTDIR."""
+    if len(names) > messages.WALK_NAMES_MAX:
+        raise BadMessage(f"a walk of {len(names)} names; up to {messages.WALK_NAMES_MAX} at once")
+    found = [(await find_directory(tx, inode)).attributes]
+    for name in names:
+        entry = await _entry(tx, found[-1].inode, name) if stat.S_ISDIR(found[-1].mode) else None
+        if entry is None:
+            break
+        found.append(visible(await find(tx, entry.inode)))
+    return tuple(found)
 
 
 async def named(tx: Transaction, *names: tuple[Inode, bytes]) -> tuple[Attributes, ...]:

@@ -75,6 +75,7 @@ class MetaServer:
         self._handlers: dict[type, Handler] = {
             **self.registry.handlers(),
             messages.Lookup: self._lookup,
+            messages.Walk: self._walk,
             messages.GetAttributes: self._get_attributes,
             messages.OpenInode: self._open_inode,
             messages.GetExtents: self._get_extents,
@@ -165,6 +166,10 @@ class MetaServer:
     async def _lookup(self, peer: Peer, request: messages.Lookup) -> messages.LookedUp:
         found, directory = await self._read(namespace.look_up, request.parent, request.name)
         return messages.LookedUp(found, directory, self.state.engine.last_sequence)
+
+    async def _walk(self, peer: Peer, request: messages.Walk) -> messages.Walked:
+        found = await self._read(namespace.walk, request.inode, request.names)
+        return messages.Walked(found, self.state.engine.last_sequence)
 
     async def _get_attributes(self, peer: Peer, request: messages.GetAttributes) -> messages.Found:
         return self._found(await self._read(read_attributes, request.inode))

@@ -47,6 +47,27 @@ class LookedUp(msgspec.Struct, frozen=True, tag="looked_up", forbid_unknown_fiel
     sequence: CommitSequence
 
 
+WALK_NAMES_MAX = 64
+"""Names of one walk: deeper paths take another one."""
+
+
+class Walk(msgspec.Struct, frozen=True, tag="walk", forbid_unknown_fields=True):
+    """From a directory on, one name in the other, as long as there are directories. Answer: `Walked`."""
+
+    inode: Inode
+    names: tuple[bytes, ...]
+
+
+class Walked(msgspec.Struct, frozen=True, tag="walked", forbid_unknown_fields=True):
+    """The directory itself, then what each name stands for: up to one that is missing, or that is no directory.
+
+    All of one moment.
+    """
+
+    found: tuple[Attributes, ...]
+    sequence: CommitSequence
+
+
 class GetAttributes(msgspec.Struct, frozen=True, tag="get_attributes", forbid_unknown_fields=True):
     """Answer: `Found`."""
 
@@ -402,6 +423,8 @@ class BlocksLocated(msgspec.Struct, frozen=True, tag="blocks_located", forbid_un
 MetaMessage = (
     Lookup
     | LookedUp
+    | Walk
+    | Walked
     | GetAttributes
     | Found
     | OpenInode
