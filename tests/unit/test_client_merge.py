@@ -268,3 +268,47 @@ async def test_writes_cuts_and_appends_of_two_clients_among_merges(
         await asyncio.sleep(0.05)
         assert await contents(await made.client(), file.inode) == expected
         assert sum(merges(volume) for volume in clients) > 10, "else this shows nothing"
+
+
+async def test_a_block_that_no_replica_can_give_is_not_merged_away(at_once: None) -> None:
+    """A merge verifies what it reads: rot must not become good bytes with a fresh checksum."""
+    async with cluster() as made:
+        volume = await made.client()
+        stop_merging(volume)
+        file, data = await crowded_file(volume, slots=1)
+        held = [(store, name, store.blocks[name]) for store in made.stores for name in store.blocks]
+        largest = max(held, key=lambda each: len(each[2]))[1]
+        for store, name, _ in held:
+            if name == largest:
+                store.corrupt(*name)  # type: ignore[arg-type]
+        before = names(made)
+        second = await made.client()
+        other = await second.open_file(file.inode, flags=os.O_RDONLY)
+        gets = sum(store.gets for store in made.stores)
+        await until(lambda: sum(store.gets for store in made.stores) > gets + 3)
+        assert merges(second) == 0
+        assert names(made) == before
+        for store, name, good in held:
+            store.blocks[name] = good
+            store._checksums.clear()
+        await until(lambda: merges(second) == 1)
+        assert await read_all(other) == data
+
+
+async def test_small_appends_do_not_pile_up(at_once: None) -> None:
+    """A log: its tail is merged as it grows, and no append is lost or torn."""
+    async with cluster(block_size=1 << 20) as made:
+        volume = await made.client()
+        file = await write_file(volume, b"f", b"")
+        await file.flush()
+        log = await volume.open_file(file.inode, flags=os.O_WRONLY | os.O_APPEND)
+        expected = b""
+        most = 0
+        for number in range(800):
+            line = b"line %d\n" % number
+            await log.write(line, 0)
+            expected += line
+            if number % 50 == 0:
+                most = max(most, *await counts(volume, file.inode))
+        assert most < 4 * merging.EXTENTS_MAX
+        assert await contents(await made.client(), file.inode) == expected
