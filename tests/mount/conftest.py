@@ -152,7 +152,7 @@ def program_cluster() -> Iterator[RealCluster]:
     try:
         cluster.up("--servers", 3, "--replicas", 2)
         yield cluster
-        assert cluster.server_states() == ["up"] * 3
+        cluster.wait_all_up(60)
     finally:
         cluster.clean_up()
         assert not any(entry.mountpoint.startswith(str(path)) for entry in device.mount_entries())

@@ -19,7 +19,7 @@ import pytest
 
 from tests.real_cluster import RealCluster, until
 
-TIMEOUT_S = 180
+TIMEOUT_S = 300
 """A program that takes longer hangs: each takes seconds, on a loaded machine some tens of them."""
 PYTHON = "/usr/bin/python3"
 """The system's: an ordinary user may not be allowed to start the one that runs the tests."""

@@ -8,7 +8,7 @@ import pytest
 from tests.mount.programs import PYTHON, Place, as_both_users, as_ordinary_user, lines, need
 from tests.real_cluster import needs_mounts
 
-pytestmark = [needs_mounts, pytest.mark.timeout(400)]
+pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
 FILES = 500
 MODULES = 40

@@ -10,7 +10,7 @@ import pytest
 from tests.mount.programs import PYTHON, Place, as_both_users, digests, lines, need, system_library
 from tests.real_cluster import needs_mounts, needs_root
 
-pytestmark = [needs_mounts, pytest.mark.timeout(300)]
+pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
 PACKAGES = ("asyncio", "collections", "concurrent", "email", "encodings", "http", "json", "lib2to3", "logging", "xml")
 

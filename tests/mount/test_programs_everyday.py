@@ -11,7 +11,7 @@ import pytest
 from tests.mount.programs import PYTHON, Place, as_both_users, as_ordinary_user, lines, need
 from tests.real_cluster import needs_mounts, needs_root, until
 
-pytestmark = [needs_mounts, pytest.mark.timeout(300)]
+pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
 
 @as_both_users

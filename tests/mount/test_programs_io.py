@@ -10,7 +10,7 @@ import pytest
 from tests.mount.programs import PYTHON, Place, as_both_users, as_ordinary_user, need
 from tests.real_cluster import needs_mounts
 
-pytestmark = [needs_mounts, pytest.mark.timeout(300)]
+pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
 
 # --- mmap ---------------------------------------------------------------------------------------------------------

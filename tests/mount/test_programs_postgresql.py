@@ -11,7 +11,7 @@ import pytest
 from tests.mount.programs import PATH, Place, descendants, kill_tree
 from tests.real_cluster import needs_mounts, until
 
-pytestmark = [needs_mounts, pytest.mark.timeout(400)]
+pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
 CLIENTS = 4
 SECONDS = 30

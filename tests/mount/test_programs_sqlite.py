@@ -9,7 +9,7 @@ import pytest
 from tests.mount.programs import ORDINARY, PYTHON, Place, kill_tree, need
 from tests.real_cluster import needs_mounts
 
-pytestmark = [needs_mounts, pytest.mark.timeout(300)]
+pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
 TRANSACTIONS = 1000
 KILLED_AT = (137, 500, 863)
