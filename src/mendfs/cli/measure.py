@@ -24,6 +24,8 @@ SMALL_BYTES = 4 * KiB
 CHUNK_BYTES = MiB
 FILES_AT_ONCE = 16
 """As many programs as make small files at the same time."""
+WARM_UP_FACTOR = 2
+"""Files for each server before anything is measured: then both clients have met all of them, or nearly so."""
 LIST_LIMIT = 1000
 DIRECTORY = stat.S_IFDIR | 0o755
 FILE = stat.S_IFREG | 0o644
@@ -88,7 +90,9 @@ class Bench:
             ("unlink", lambda n: self.writer.unlink(self.directory, b"r%d" % n)),
             ("rmdir", lambda n: self.writer.rmdir(self.directory, b"d%d" % n)),
         ]
-        await self._create(b"first", small)  # what is needed once, connections and ids, is there from here on
+        # What is needed once, connections and ids, is there from here on.
+        for number in range(WARM_UP_FACTOR * len(self.writer.servers)):
+            await self._read(await self._create(b"w%d" % number, small), SMALL_BYTES)
         return [await _measure(name, step, count) for name, step in steps]
 
     async def throughput(self, size: int) -> list[dict[str, Any]]:
@@ -185,8 +189,8 @@ async def _several(step: Sample, count: int) -> None:
 async def _bench(located: Located) -> AsyncIterator[Bench]:
     rng = real_world().rng
     async with AsyncExitStack() as stack:
-        writer = await stack.enter_async_context(open_volume(located))
-        reader = await stack.enter_async_context(open_volume(located, read_only=True))
+        writer = await stack.enter_async_context(open_volume(located, prepares=True))
+        reader = await stack.enter_async_context(open_volume(located, read_only=True, prepares=True))
         name = f".mendfs-bench-{rng.randbytes(6).hex()}".encode()
         made = await writer.make(ROOT_INODE, name, DIRECTORY, uid=os.geteuid(), gid=os.getegid())
         try:

@@ -18,11 +18,11 @@ INTERRUPTED_CLOSE_S = 3.0
 
 
 @asynccontextmanager
-async def open_volume(located: Located, *, read_only: bool = False) -> AsyncIterator[Volume]:
+async def open_volume(located: Located, *, read_only: bool = False, prepares: bool = False) -> AsyncIterator[Volume]:
     """Open the volume; what was written is durable when the block ends without an error."""
     world = real_world()
     name = f"{socket.gethostname()}: a command (process {os.getpid()})"
-    options = VolumeOptions(meta=located.meta, name=name, read_only=read_only)
+    options = VolumeOptions(meta=located.meta, name=name, read_only=read_only, prepares=prepares)
     try:
         volume = await Volume.open(world, options, read_secret(world.disk, located.secret_path))
     except Unreachable as error:
