@@ -144,8 +144,10 @@ class Hosts:
             _ip("-n", space, "address", "add", f"{v6}/64", "dev", "eth0", "nodad")
             _ip("-n", space, "link", "set", "eth0", "up")
             # A new connection's window opens over several round trips; here those of our own protocol are counted.
-            for setting in ("net.ipv4.tcp_rmem=4096 6291456 6291456", "net.ipv4.tcp_slow_start_after_idle=0"):
-                subprocess.run(self.on(name, "sysctl", "-qw", setting), check=True, timeout=30)
+            settings = (("tcp_rmem", "4096 6291456 6291456"), ("tcp_slow_start_after_idle", "0"))
+            for setting, value in settings:  # what /proc/sys/net shows is the network of who looks
+                write = f"echo {value} > /proc/sys/net/ipv4/{setting}"
+                subprocess.run(self.on(name, "sh", "-c", write), check=True, timeout=30)
         except BaseException:
             os.close(fd)
             raise
