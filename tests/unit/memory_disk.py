@@ -88,6 +88,9 @@ class MemoryFile:
 
     def read_into(self, buffer: memoryview | bytearray, offset: int) -> int:
         self._check("read")
+        bad = self._disk.unreadable
+        if bad.start < offset + len(buffer) and offset < bad.stop and self._path.endswith(".seg"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), self._path)
         part = self._node.content[offset : offset + len(buffer)]
         memoryview(buffer)[: len(part)] = part
         return len(part)
@@ -159,6 +162,8 @@ class MemoryDisk:
         self.locked: set[str] = set()
         self.fault: Callable[[str, str], None] = lambda operation, path: None
         self.counts: dict[str, int] = {}
+        self.unreadable = range(0)
+        """Offsets that no segment file can be read at."""
         self.yields = False
         """Whether others may run while a thread would work."""
 

@@ -14,7 +14,20 @@ import pytest
 
 from mendfs.blocks import page_checksums
 from mendfs.data.server import DataOptions, DataServer, start_data
-from mendfs.errors import BadMessage, BlockConflict, BlockMissing, Fenced, MendfsError, NotAuthentic, UsageError
+from mendfs.errors import (
+    BadMessage,
+    BlockConflict,
+    BlockMissing,
+    EngineDamaged,
+    EngineFailed,
+    EngineFull,
+    EngineUnreadable,
+    Fenced,
+    MendfsError,
+    NotAuthentic,
+    StoreFailed,
+    UsageError,
+)
 from mendfs.kv.rocks import RocksEngine
 from mendfs.model import BlockId, CommitSequence, Epoch, Generation, MiB, Partition, ServerNumber, Volume
 from mendfs.wire.messages import Message
@@ -322,3 +335,69 @@ async def test_many_blocks_at_once_over_one_connection(tmp_path: Path) -> None:
             found = await asyncio.gather(*(get(peer, block(n, d, of)) for n, d in enumerate(data)))
             assert [each for _, each in found] == data
         assert server.store is not None and server.store.health().blocks == 40
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "is_made_again"),
+    [
+        ("write", EngineFull("the database cannot be written: no space left"), False),
+        ("write", EngineFailed("the database cannot be written: Input/output error"), False),
+        ("read", EngineDamaged("the database cannot be read: Corruption: block checksum mismatch"), True),
+    ],
+)
+async def test_a_store_whose_index_fails_is_opened_anew_in_the_same_process(
+    tmp_path: Path, method: str, error: EngineFailed, is_made_again: bool
+) -> None:
+    async with meta_server() as meta, running(tmp_path / "d", meta) as server, client_of(server) as peer:
+        first = block(1, content(1, 9000))
+        await ask(peer, first, messages.Stored, content(1, 9000))
+        old = server.store
+        assert old is not None
+
+        def fail(*args: object) -> None:
+            raise error
+
+        setattr(old._index.engine, method, fail)  # a failing disk is what is tested
+        with pytest.raises(MendfsError):
+            await ask(peer, block(2, b"x"), messages.Stored, b"x")
+        await until(lambda: server.store not in (None, old), within_s=10)
+        assert server.store is not None
+        assert server.store.recovered_without_index == is_made_again
+        assert server.store.incarnation != old.incarnation
+        _, found = await get(peer, first)
+        assert found == content(1, 9000)
+        await ask(peer, block(2, b"x"), messages.Stored, b"x")
+        assert not server.failed.done() and not server.store.health().troubles
+
+
+async def test_an_index_that_cannot_be_read_for_a_moment_costs_one_request(tmp_path: Path) -> None:
+    async with meta_server() as meta, running(tmp_path / "d", meta) as server, client_of(server) as peer:
+        first = block(1, content(1, 9000))
+        await ask(peer, first, messages.Stored, content(1, 9000))
+        store = server.store
+        assert store is not None
+        engine = store._index.engine
+        assert isinstance(engine, RocksEngine)
+        real = engine.read
+
+        def fail(key: bytes) -> bytes | None:
+            raise EngineUnreadable("the database cannot be read: Too many open files")
+
+        engine.read = fail  # type: ignore[method-assign]  # no descriptors left is what is tested
+        with pytest.raises(StoreFailed, match="Too many open files"):
+            await get(peer, first)
+        engine.read = real  # type: ignore[method-assign]  # there are some again
+        assert (await get(peer, first))[1] == content(1, 9000)
+        assert server.store is store and not store.failed.done()
+
+
+async def test_while_a_store_is_being_opened_its_server_says_so_at_once(tmp_path: Path) -> None:
+    async with meta_server() as meta, running(tmp_path / "d", meta) as server, client_of(server) as peer:
+        store, server.store = server.store, None
+        server._has_store.clear()
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(StoreFailed, match="still being opened"):
+            await ask(peer, block(1, b"x"), messages.Stored, b"x")
+        assert asyncio.get_running_loop().time() - began_s < 3
+        server.store = store
+        server._has_store.set()

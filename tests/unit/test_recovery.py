@@ -204,6 +204,41 @@ async def test_without_its_index_a_store_still_refuses_older_generations_orders(
             await store.delete(Fence(Generation(0), CommitSequence(99)), [])
 
 
+async def test_without_its_index_a_store_still_refuses_orders_older_than_those_it_obeyed() -> None:
+    disk = MemoryDisk()
+    async with opened(disk) as store:
+        await put_all(store, range(2))
+        await store.delete(Fence(Generation(7), CommitSequence(3)), [(Partition(0), BlockId(FIRST_BLOCK))])
+    lose_index(disk)
+    async with opened(disk, seed=2) as store:
+        assert store.highest_generation == 7
+        with pytest.raises(Fenced):
+            await store.delete(Fence(Generation(6), CommitSequence(99)), [])
+    lose_index(disk)
+    disk.nodes["/data/fence"].content[0] ^= 1
+    async with opened(disk, seed=3) as store:
+        assert store.highest_generation == 1, "a damaged note is none"
+
+
+async def test_what_the_disk_cannot_read_costs_what_lies_there_and_nothing_else() -> None:
+    """A bad sector in the middle: the store opens, with its index and without, and everything else is found."""
+    for is_index_lost in (True, False):
+        disk = MemoryDisk()
+        store = await open_on(disk)
+        await put_all(store, range(10), length=9000)
+        entry = await store._index.find(Partition(4), BlockId(FIRST_BLOCK + 4))
+        assert entry is not None
+        await abandon(store)
+        disk.kill()
+        if is_index_lost:
+            lose_index(disk)
+        disk.unreadable = range(entry.offset + 5000, entry.offset + 5512)
+        async with opened(disk, seed=2) as store:
+            assert {number for number, each in (await held(store)).items() if each.ok} == set(range(10)) - {4}
+            assert any("cannot be read" in line for line in store.health().troubles)
+            await sums_are_right(store)
+
+
 async def test_an_index_half_built_is_built_again() -> None:
     disk = MemoryDisk()
     async with opened(disk) as store:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mendfs.data import schema
+from mendfs.data import schema, watch
 from mendfs.data.schema import Fence
 from mendfs.errors import BlockConflict, BlockCorrupt, BlockMissing, Fenced, StoreFailed, StoreFull
 from mendfs.model import BlockId, CommitSequence, Generation, KiB, MiB, Partition
@@ -429,6 +429,65 @@ async def test_the_age_of_a_stuck_disk_operation_is_told() -> None:
         go.set()
         await asyncio.gather(syncing, reading)
         assert store.health().oldest_disk_operation_s == 0
+
+
+async def test_a_disk_that_hangs_is_said_to_whoever_asks_instead_of_keeping_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "STUCK_S", 0.2)
+    disk = MemoryDisk()
+    async with opened(disk) as store:
+        await store.put(block(1, b"x"), b"x")
+        await store.sync()
+        go = asyncio.Event()
+        run = disk.run
+
+        async def stuck(function: Callable[..., object], *args: object, **kwargs: object) -> object:
+            await go.wait()
+            return await run(function, *args, **kwargs)
+
+        disk.run = stuck  # type: ignore[method-assign,assignment]  # a disk that does not answer
+        await store.put(block(2, b"y"), b"y")
+        syncing = asyncio.create_task(store.sync())
+        await until(lambda: store.health().oldest_disk_operation_s > 0.3)
+        for asked in (store.put(block(3, b"z"), b"z"), store.sync(), store.delete(order(1, 1), [])):
+            with pytest.raises(StoreFailed, match="has not answered"):
+                await asked
+        assert any("has not answered" in line for line in store.health().troubles)
+        # What is in memory is served all the same; what is not is another server's to give.
+        assert await read(store, block(1, b"x")) == b"x"
+        disk.is_cached = False
+        with pytest.raises(StoreFailed, match="has not answered"):
+            await read(store, block(1, b"x"))
+        go.set()
+        await syncing
+        await store.put(block(3, b"z"), b"z")
+        assert not store.health().troubles
+        assert await read(store, block(2, b"y")) == b"y"
+
+
+async def test_after_a_pause_the_first_small_write_is_not_made_in_the_event_loop() -> None:
+    """The disk may have died meanwhile, and then the loop would hang with it."""
+    disk = MemoryDisk()
+    threads = 0
+    run = disk.run
+
+    async def counted(function: Callable[..., object], *args: object, **kwargs: object) -> object:
+        nonlocal threads
+        threads += function.__name__ == "_write"
+        return await run(function, *args, **kwargs)
+
+    disk.run = counted  # type: ignore[method-assign,assignment]  # a disk that counts
+    async with opened(disk) as store:
+        for number in range(3):
+            await store.put(block(number, b"x"), b"x")
+        await store.sync()
+        busy = threads
+        await store.put(block(5, b"x"), b"x")
+        assert threads == busy, "the disk has just answered"
+        store.watch._wrote_s -= watch.LIVELY_S + 1
+        await store.put(block(6, b"x"), b"x")
+        assert threads == busy + 1
 
 
 @pytest.mark.parametrize(("code", "told"), [(errno.EIO, StoreFailed), (errno.ENOSPC, StoreFull)])

@@ -11,17 +11,19 @@ import structlog
 from mendfs.data import inventory
 from mendfs.data.append import AppendLog
 from mendfs.data.copying import Copier
+from mendfs.data.fence_note import FenceNote
 from mendfs.data.files import OpenFiles
 from mendfs.data.index import Index
 from mendfs.data.record import SEGMENT_HEADER_BYTES, align, head_length
 from mendfs.data.recovery import Recovery
+from mendfs.data.schema import Fence
 from mendfs.data.segment import Segments
 from mendfs.data.store import Store
 from mendfs.data.syncing import Syncing
 from mendfs.data.watch import Watch
 from mendfs.errors import EngineDamaged, EngineFailed, StoreDamaged, StoreFailed
 from mendfs.kv.engine import Engine
-from mendfs.model import MiB, Volume
+from mendfs.model import CommitSequence, MiB, Volume
 from mendfs.world import World
 from mendfs.world.disk import Disk
 
@@ -121,7 +123,9 @@ class _Opening(NamedTuple):
             segments, index, watch, volume=volume, server=self.server, segment_bytes=self.segment_bytes
         ).run()
         held, generation = await inventory.totals(index.engine)
-        fence = await index.fence()
+        note = FenceNote(self.world.disk, self.folder)
+        fence = max(await index.fence(), Fence(await watch.run(note.read), CommitSequence(0)))
+        await index.set_fence(fence)
         await watch.run(segments.measure)
         watch.blocks, watch.record_bytes, watch.occupied = held.blocks, held.record_bytes, segments.occupied
         appending = AppendLog(
@@ -138,7 +142,7 @@ class _Opening(NamedTuple):
         syncing = Syncing(appending, index, watch, rng, checkpoint=recovered.checkpoint)
         copier = Copier(index, appending, syncing, watch, volume=volume, bytes_per_s=self.options.copy_bytes_per_s)
         highest = max(generation, fence.generation)
-        store = Store(volume, index, watch, segments, appending, syncing, copier, highest)
+        store = Store(volume, index, watch, segments, appending, syncing, copier, note, highest)
         store.recovered_without_index = not recovered.report.index_was_whole
         return store
 

@@ -72,6 +72,7 @@ async def _fill(segment: Segment, buffer: memoryview | bytearray, offset: int, w
     try:
         if segment.file.read_cached_into(buffer, offset):
             return
+        watch.refuse_if_stuck()
         done = await watch.run(segment.file.read_into, buffer, offset)
     except OSError as error:
         raise watch.read_error(segment.number, error) from None

@@ -15,6 +15,7 @@ from mendfs.blocks import Buffer, page_checksums, root_of
 from mendfs.data import inventory, reading
 from mendfs.data.append import AppendLog
 from mendfs.data.copying import Copier
+from mendfs.data.fence_note import FenceNote
 from mendfs.data.index import Index
 from mendfs.data.record import RecordHeader, encode_record, make_header
 from mendfs.data.schema import Entry, Fence, Name, Place
@@ -83,6 +84,7 @@ class Store:
         appending: AppendLog,
         syncing: Syncing,
         copier: Copier,
+        fence_note: FenceNote,
         highest_generation: Generation,
     ) -> None:
         self.volume = volume
@@ -101,6 +103,7 @@ class Store:
         self._putting: dict[Name, _Putting] = {}
         self._tasks: set[asyncio.Task[Incarnation]] = set()
         self.copier = copier
+        self._fence_note = fence_note
         self._tending = asyncio.create_task(self._tend_forever(), name="store")
         self._copying = asyncio.create_task(self._copy_forever(), name="copying")
 
@@ -312,6 +315,11 @@ class Store:
         for name in names:
             if (putting := self._putting.get(name)) is not None:
                 await putting.wait()
+        if order.generation > fence.generation:
+            try:
+                await self.watch.run_writing(self._fence_note.write, order.generation)
+            except OSError as error:
+                raise self.watch.disk_error("cannot note the order to delete", error) from None
         if order > fence:
             await self._guarded(self._index.set_fence(order))
         self.highest_generation = max(self.highest_generation, order.generation)

@@ -192,6 +192,10 @@ class Watch:
 
     def health(self) -> StoreHealth:
         """What a heartbeat carries. Touches no disk."""
+        if self.oldest_operation_s > STUCK_S:
+            self.trouble("stuck", f"{self._folder}: its disk has not answered for {STUCK_S:.0f} s or more: see its log")
+        else:
+            self.relieve("stuck")
         return StoreHealth(
             blocks=self.blocks,
             bytes_used=self.occupied,
