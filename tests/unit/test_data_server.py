@@ -1,6 +1,7 @@
 """The data server over the real wire, with a meta server that only admits it."""
 
 import asyncio
+import errno
 import random
 import shutil
 import socket
@@ -26,6 +27,7 @@ from mendfs.errors import (
     MendfsError,
     NotAuthentic,
     StoreFailed,
+    StoreFull,
     UsageError,
 )
 from mendfs.kv.rocks import RocksEngine
@@ -401,3 +403,38 @@ async def test_while_a_store_is_being_opened_its_server_says_so_at_once(tmp_path
         assert asyncio.get_running_loop().time() - began_s < 3
         server.store = store
         server._has_store.set()
+
+
+async def test_on_a_full_disk_the_spare_room_is_given_up_and_made_again_when_there_is_room(tmp_path: Path) -> None:
+    """Without it a store could not even note which blocks are deleted to make room."""
+    async with meta_server() as meta, running(tmp_path / "d", meta) as server, client_of(server) as peer:
+        first = block(1, content(1, 9000))
+        await ask(peer, first, messages.Stored, content(1, 9000))
+        spare = tmp_path / "d" / "spare"
+        await until(spare.exists, within_s=5)
+        old, folder = server.store, server._folder
+        assert old is not None
+        is_full = True
+        real_probe, real_keep = folder.try_writing, folder.keep_spare
+
+        def probe(length: int) -> None:
+            if is_full and spare.exists():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real_probe(length)
+
+        def keep() -> None:
+            if not is_full:
+                real_keep()
+
+        def fail(*args: object) -> None:
+            raise EngineFull("the database cannot be written: no space left")
+
+        folder.try_writing, folder.keep_spare = probe, keep  # type: ignore[method-assign]  # a full disk
+        old._index.engine.write = fail  # type: ignore[attr-defined]  # the same
+        with pytest.raises(StoreFull):
+            await ask(peer, block(2, b"x"), messages.Stored, b"x")
+        await until(lambda: server.store not in (None, old), within_s=10)
+        assert not spare.exists()
+        assert (await get(peer, first))[1] == content(1, 9000)
+        is_full = False
+        await until(spare.exists, within_s=5)

@@ -10,10 +10,15 @@ import random
 import msgspec
 
 from mendfs.errors import StoreDamaged, StoreFailed, UsageError
-from mendfs.model import ServerNumber, Volume
+from mendfs.model import MiB, ServerNumber, Volume
 from mendfs.world.disk import Disk, File
 
 _ID_BITS = 128
+SPARE_BYTES = 8 * MiB
+SPARE_DIVISOR = 32
+"""On small disks the spare is this part of them: well within the 5 % that no block may take."""
+SPARE_ROOM_FACTOR = 2
+"""It is made again when this many of it are free: not at once, out of the room that it has just made."""
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +115,24 @@ class Folder:
             return False
         self._disk.make_directories(self.path)
         self._disk.replace_file(file, msgspec.json.encode(self.identity))
+        return True
+
+    def keep_spare(self) -> None:
+        """Have a file of zeros that can be given up when the disk is full, if there is room for it. Blocks.
+
+        Without room the index cannot even note what is deleted to make room. Raises OSError.
+        """
+        path = posixpath.join(self.path, "spare")
+        length = min(SPARE_BYTES, self._disk.total_bytes(self.path) // SPARE_DIVISOR)
+        if not self._disk.exists(path) and self._disk.free_bytes(self.path) > SPARE_ROOM_FACTOR * length:
+            self._disk.replace_file(path, bytes(length))
+
+    def give_up_spare(self) -> bool:
+        """Make a little room; False if that was done before. Blocks. Raises OSError."""
+        path = posixpath.join(self.path, "spare")
+        if not self._disk.exists(path):
+            return False
+        self._disk.unlink(path)
         return True
 
     def try_writing(self, length: int) -> None:

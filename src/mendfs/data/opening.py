@@ -98,11 +98,15 @@ class _Opening(NamedTuple):
         return posixpath.join(self.folder, "index")
 
     @property
+    def longest_record_bytes(self) -> int:
+        """What a block of the volume's block size takes."""
+        of = self.volume
+        return align(head_length(of.block_size, of.page_size, of.checksum) + of.block_size)
+
+    @property
     def segment_bytes(self) -> int:
         """The longest a segment gets: as asked for, but one block of the volume must fit."""
-        of = self.volume
-        longest = align(head_length(of.block_size, of.page_size, of.checksum) + of.block_size)
-        return max(self.options.segment_bytes, SEGMENT_HEADER_BYTES + longest)
+        return max(self.options.segment_bytes, SEGMENT_HEADER_BYTES + self.longest_record_bytes)
 
     async def run(self) -> Store:
         """Open index and segments, and find out what is there."""
@@ -127,6 +131,7 @@ class _Opening(NamedTuple):
         fence = max(await index.fence(), Fence(await watch.run(note.read), CommitSequence(0)))
         await index.set_fence(fence)
         await watch.run(segments.measure)
+        watch.longest_record_bytes = self.longest_record_bytes
         watch.blocks, watch.record_bytes, watch.occupied = held.blocks, held.record_bytes, segments.occupied
         appending = AppendLog(
             segments,

@@ -18,7 +18,16 @@ from mendfs.data.registration import Registration
 from mendfs.data.schema import Fence
 from mendfs.data.store import Store
 from mendfs.data.syncing import draw_incarnation
-from mendfs.errors import BadMessage, EngineDamaged, EngineFailed, MendfsError, NotAuthentic, StoreFailed
+from mendfs.errors import (
+    BadMessage,
+    EngineDamaged,
+    EngineFailed,
+    EngineFull,
+    MendfsError,
+    NotAuthentic,
+    StoreFailed,
+    StoreFull,
+)
 from mendfs.kv.engine import Engine
 from mendfs.model import Generation, Incarnation, MiB, ServerNumber, StoreHealth
 from mendfs.wire.messages import Message
@@ -44,8 +53,8 @@ NAMES_MAX = 20_000
 INVENTORY_PARTITIONS_MAX = 1024
 FOLDER_CHECK_EVERY_S = 1.0
 PROBE_EVERY_S = 1.0
-PROBE_BYTES = 4 * MiB
-"""What an index wants to have before it opens: its log is laid out ahead in pieces of about this size."""
+PROBE_BYTES = 1 * MiB
+"""What an index needs at least when it is opened: new logs and a new manifest."""
 
 
 class DataOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +136,13 @@ class DataServer:
     async def start(self) -> None:
         """Open the store if the volume is known, listen, and begin to register."""
         if self._folder.identity.volume is not None:
-            await self._open_store()
+            try:
+                await self._open_store()
+            except (EngineFull, StoreFull):
+                if not await self._world.disk.run(self._folder.give_up_spare):
+                    raise
+                log.warning("the disk is full: the folder's spare room is used, so that the store can be opened")
+                await self._open_store()
         self._server = await serve(
             self._world.network, self._options.listen, self._credentials(), role="data", handler=self.handle
         )
@@ -229,6 +244,8 @@ class DataServer:
             try:
                 if await self._world.disk.run(self._folder.restore):
                     log.error("the folder was deleted under the server, made again", dir=self._options.dir)
+                if self.store is not None and not self.store.failed.done():
+                    await self._world.disk.run(self._folder.keep_spare)
             except OSError as error:
                 log.error("cannot look after the folder", dir=self._options.dir, error=str(error))
 
@@ -264,22 +281,39 @@ class DataServer:
                 await store.close()
             except MendfsError as closing:
                 log.error("the store could not be closed in order", error=str(closing))
-            await self._open_store(is_index_damaged=is_damaged)
+            while not await self._is_opened_anew(is_index_damaged=is_damaged):
+                await asyncio.sleep(PROBE_EVERY_S)
+                await self._wait_writable()
         except MendfsError as again:
             self._fail(again)
         else:
             log.info("the store was opened anew", blocks=self._health().blocks)
 
+    async def _is_opened_anew(self, *, is_index_damaged: bool) -> bool:
+        """Open the store; False if there was too little room for that."""
+        try:
+            await self._open_store(is_index_damaged=is_index_damaged)
+        except (EngineFull, StoreFull) as error:
+            log.error("the store cannot be opened anew yet", error=str(error))
+            return False
+        return True
+
     async def _wait_writable(self) -> None:
         """Until a little can be written into the folder, durably: what the index needs to begin with."""
+        disk = self._world.disk
         while True:
             try:
-                await self._world.disk.run(self._folder.try_writing, PROBE_BYTES)
+                await disk.run(self._folder.try_writing, PROBE_BYTES)
+                return
             except OSError as error:
                 log.info("the folder cannot be written yet", dir=self._options.dir, error=error.strerror)
-                await asyncio.sleep(PROBE_EVERY_S)
-            else:
-                return
+            try:
+                if await disk.run(self._folder.give_up_spare):
+                    log.warning("the folder's spare room is used, so that deletions can be noted")
+                    return
+            except OSError as error:
+                log.info("there is no spare room to give up", dir=self._options.dir, error=error.strerror)
+            await asyncio.sleep(PROBE_EVERY_S)
 
     async def _ready_store(self) -> Store:
         """The store; a new server's requests wait for it, up to their deadline."""

@@ -207,7 +207,6 @@ class Store:
 
     async def sync(self) -> Incarnation:
         """Make everything put before durable; counts for blocks put under the incarnation it returns."""
-        self._refuse_if_failed()
         self.watch.refuse_if_stuck()
         return await self._guarded(self._syncing.sync())
 
@@ -362,7 +361,7 @@ class Store:
     async def _tend(self, *, is_index_due: bool) -> None:
         await self.watch.run(self._measure)
         self.watch.occupied = self._segments.occupied
-        self.watch.look_for_room(self.volume.block_size)
+        self.watch.look_for_room()
         for segment in await self.watch.run(self._segments.vanished):
             await self._guarded(self._lose(segment))
         await self.sync()

@@ -15,7 +15,7 @@ from mendfs.data.index import Index, Journalled
 from mendfs.data.schema import Place
 from mendfs.data.segment import Segment, Written
 from mendfs.data.watch import Watch
-from mendfs.errors import StoreFailed
+from mendfs.errors import EngineFailed, StoreFailed
 from mendfs.kv.group import GroupCommit
 from mendfs.model import Incarnation
 
@@ -82,10 +82,18 @@ class Syncing:
                 await self.give_up(segment, taken, error)
             raise StoreFailed(f"the disk could not be synced: {failed[0][2].strerror or failed[0][2]}")
         if end > self._checkpoint:
-            old, self._checkpoint = self._checkpoint, end
-            await self._index.set_checkpoint(old, end)
+            await self._move_checkpoint(end)
         await punch(self._watch, dead)
         return incarnation
+
+    async def _move_checkpoint(self, end: Place) -> None:
+        try:
+            await self._index.set_checkpoint(self._checkpoint, end)
+        except EngineFailed as error:
+            # What was put is durable all the same: from the old checkpoint on a start finds it without the index.
+            log.warning("the checkpoint stays where it was", error=str(error))
+        else:
+            self._checkpoint = end
 
     async def _sync_names(self, segments: list[Segment]) -> OSError | None:
         # Before the data: records that are durable in a file without a durable name are lost with it.

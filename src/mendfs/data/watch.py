@@ -53,6 +53,8 @@ class Watch:
         self.blocks = 0
         self.record_bytes = 0
         """Of the blocks that are held."""
+        self.longest_record_bytes = 0
+        """Of a block of the volume's block size."""
         self.occupied = 0
         """Bytes that the segments take on the disk, with what is deleted and not yet given back."""
         self.reads = 0
@@ -129,7 +131,7 @@ class Watch:
         """A write went well: what earlier ones complained of is over."""
         if self._troubles:
             self.relieve("disk")
-            self.relieve("full")
+            self.look_for_room()
 
     def disk_error(self, what: str, error: OSError) -> ReplicaError:
         """The error that a writer is told, noted in health too."""
@@ -153,9 +155,9 @@ class Watch:
         self._free = self._disk.free_bytes(self._folder)
         self._total = self._disk.total_bytes(self._folder)
 
-    def look_for_room(self, length: int) -> None:
-        """If the store was full and there is room for a block of `length` bytes again, health says so no more."""
-        if "full" in self._troubles and self._has_room(length, is_copy=False):
+    def look_for_room(self) -> None:
+        """If the store was full and there is room for the longest block again, health says so no more."""
+        if "full" in self._troubles and self._has_room(self.longest_record_bytes, is_copy=False):
             self.relieve("full")
 
     def reserve(self, length: int, *, is_copy: bool = False) -> None:
@@ -170,8 +172,6 @@ class Watch:
                 text = f"over {FULL_PERCENT} % of its room is used"
                 self.trouble("full", f"{self._folder}: {text}; no new blocks are taken: delete files or add servers")
                 raise StoreFull(f"the store in {self._folder} is full: {text}")
-            if not is_copy:
-                self.relieve("full")
         self._free -= length
         self.occupied += length
 
