@@ -104,6 +104,7 @@ class Store:
         self._tasks: set[asyncio.Task[Incarnation]] = set()
         self.copier = copier
         self._fence_note = fence_note
+        self._noted_generation = Generation(0)
         self._tending = asyncio.create_task(self._tend_forever(), name="store")
         self._copying = asyncio.create_task(self._copy_forever(), name="copying")
 
@@ -314,11 +315,7 @@ class Store:
         for name in names:
             if (putting := self._putting.get(name)) is not None:
                 await putting.wait()
-        if order.generation > fence.generation:
-            try:
-                await self.watch.run_writing(self._fence_note.write, order.generation)
-            except OSError as error:
-                raise self.watch.disk_error("cannot note the order to delete", error) from None
+        await self._note_generation(order.generation)
         if order > fence:
             await self._guarded(self._index.set_fence(order))
         self.highest_generation = max(self.highest_generation, order.generation)
@@ -334,6 +331,18 @@ class Store:
                 spans.append((segment, entry.offset, self._index.record_bytes(entry)))
         await punch(self.watch, spans)
         return len(gone)
+
+    async def _note_generation(self, generation: Generation) -> None:
+        """For the day the index is lost. Tried again with the next order if there is no room for it now."""
+        if generation <= self._noted_generation:
+            return
+        try:
+            await self.watch.run_writing(self._fence_note.write, generation)
+        except OSError as error:
+            # The index has the fence itself, and deleting is what makes room.
+            log.warning("the generation of deletions could not be noted", error=str(error))
+        else:
+            self._noted_generation = generation
 
     # What is done unasked
 
