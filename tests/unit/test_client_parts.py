@@ -5,10 +5,11 @@ import asyncio
 import pytest
 
 from mendfs.client.cache import RUN_BYTES, ChecksumCache, PageCache, Run
+from mendfs.client.files import File
 from mendfs.client.ids import IdSupply
 from mendfs.client.tasks import Changes, Tasks
-from mendfs.errors import CommitRefused, Unreachable
-from mendfs.model import BlockId, Partition
+from mendfs.errors import CommitRefused, MendfsError, Unreachable
+from mendfs.model import BlockId, Inode, Partition
 from mendfs.wire.messages.session import IdsGranted
 from mendfs.world.buffers import BufferPool
 
@@ -129,3 +130,22 @@ async def test_whoever_waits_for_a_change_is_woken_once() -> None:
     await waiting
     await changes.wait(0.001)
     assert not changes._waiters
+
+
+def test_an_error_told_to_a_write_is_told_once_more_for_the_kernel_may_have_kept_it() -> None:
+    """The second request of a long write(2) only shortens its count: the application would never hear of lost bytes."""
+    file = File(Inode(5))
+    lost = MendfsError("written data lost")
+    for _ in range(3):
+        file.errors.append(lost)
+        for _ in range(2):
+            with pytest.raises(MendfsError, match="lost"):
+                file.tell_writer()
+        file.tell_writer()
+    file.errors.extend([lost, MendfsError("more of it")])
+    with pytest.raises(MendfsError, match="lost"):
+        file.tell_writer()
+    with pytest.raises(MendfsError, match="lost"):
+        file.take_error()
+    file.take_error()
+    file.tell_writer()

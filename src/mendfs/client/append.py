@@ -36,7 +36,7 @@ class Appender:
 
     async def append(self, file: File, data: memoryview) -> None:
         """All of `data`, in pieces of up to a MiB."""
-        file.take_error()
+        file.tell_writer()
         # On a copy and to the end, even if the caller gives up: a commit that was sent may be made, and must find its
         # blocks in place; and an append torn between two pieces is none.
         work = self._append(file, memoryview(bytes(data)))
@@ -45,7 +45,7 @@ class Appender:
     async def _append(self, file: File, data: memoryview) -> None:
         async with file.lock:
             await self._writer.drain_locked(file)
-            file.take_error()
+            file.tell_writer()
             position = 0
             length_max = min(APPEND_BYTES_MAX, BLOCKS_MAX * self._shared.volume.block_size)
             while position < len(data):

@@ -129,6 +129,10 @@ class SlotWatch(Protocol):
         ...
 
 
+WRITES_TOLD = 2
+"""See `File.tell_writer`."""
+
+
 class File:
     """One inode's state."""
 
@@ -152,6 +156,7 @@ class File:
         self.changes = Changes()
         self.lock = asyncio.Lock()
         """Held by whatever must not meet a commit of older data: truncation and appends."""
+        self._writes_told = 0
         self.errors: deque[MendfsError] = deque()
         self.opens = 0
         self.dirty_since_s: float | None = None
@@ -181,7 +186,23 @@ class File:
     def take_error(self) -> None:
         """Raise the oldest error of an upload or commit that nobody was told of, if there is one."""
         if self.errors:
-            raise self.errors.popleft()
+            error = self.errors[0]
+            # One tells that bytes are lost: the others are of the same day, and would hit whoever opens the file next.
+            self.errors.clear()
+            self._writes_told = 0
+            raise error
+
+    def tell_writer(self) -> None:
+        """The same for a write. The error stays until it was told twice, or to an fsync or a close.
+
+        The kernel cuts a long write(2) into requests: an error of a later one only makes its count shorter, and the
+        application never sees it. The next write(2) begins with a request of its own.
+        """
+        if self.errors:
+            self._writes_told += 1
+            if self._writes_told >= WRITES_TOLD:
+                self.take_error()
+            raise self.errors[0]
 
     # --- learning from answers --------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class OpenFile:
         """
         view = memoryview(data)
         if not view:
-            self._file.take_error()
+            self._file.tell_writer()
         elif self._is_append:
             await self._appender.append(self._file, view)
         else:

@@ -55,7 +55,7 @@ class Writer:
     def try_write(self, file: File, data: memoryview, offset: int) -> bool:
         """Take all of `data` now, or return False: `write` must be used. Raises an error of an earlier write."""
         if file.errors:
-            file.take_error()
+            file.tell_writer()
         if file.lock.locked() or self._shared.dirty.is_exhausted or self._is_blocked(file, offset, len(data)):
             return False
         self._collect(file, data, offset)
