@@ -73,6 +73,7 @@ class Run:
         sim.meta.violation = driver.violation
         workload = self.workload = Workload(driver, rng, quorum=sim.shape.write_quorum)
         self.breaker = Breaker(sim, Losses(workload.meta_lost, self._server_lost, self._server_damaged))
+        workload.may_lose_all = self.profile.is_ruinous
         await workload.begin()
         drawn = draw_plan(
             self.profile, plan_rng, servers=sim.shape.servers, clients=CLIENTS, seconds=self.seconds - 40.0

@@ -27,6 +27,9 @@ NAMES_A_DIRECTORY = 6
 READ_STEP = 1024
 """Checked piece by piece, so that one unreadable block hides nothing of another."""
 WRITE_BYTES_MAX = 20_000
+READ_AGAIN_TIMES = 6
+READ_AGAIN_S = 15.0
+"""Between tries to read what could not be read: faults last 30 s at most, and rarely is everything broken at once."""
 
 
 class Workload:
@@ -40,6 +43,8 @@ class Workload:
         self.names: list[Name] = []
         self.files: list[FileState] = []
         self.is_over = False
+        self.may_lose_all = False
+        """Every good copy of a block may be damaged: what is read must be right, but an error is an answer too."""
         self.operations = 0
         """Numbers of operations on names, in the order of their answers."""
         self.durable = 0
@@ -501,8 +506,10 @@ class FileSession:
         )
         if outcome.has_died:
             return False
-        if not outcome.is_ok or self._is_disturbed() or self._had_error:
-            return True  # a read that fails while something is broken says nothing
+        if not outcome.is_ok:
+            return await self._read_again(opened, offset, min(length, max(0, size - offset)))
+        if self._is_disturbed() or self._had_error:
+            return True
         count = outcome.value
         view = self._file.now.copy()
         for event in self._written:
@@ -513,6 +520,24 @@ class FileSession:
             problem = f"{count} bytes at {offset} came, and the file has {view.size_min}"
         if problem is not None:
             self._doubts.append(f"{self._client.name} read {self._file.label}: {problem}")
+        return True
+
+    async def _read_again(self, opened: OpenFile, offset: int, length: int) -> bool:
+        """A read failed. While something is broken that says nothing, but it must work again before long."""
+        end = offset + length
+        for _ in range(READ_AGAIN_TIMES):
+            await asyncio.sleep(READ_AGAIN_S)
+            outcome = await self._call(
+                f"read {length} at {offset} again of", lambda _: opened.read_into(memoryview(bytearray(length)), offset)
+            )
+            if outcome.is_ok or outcome.has_died:
+                return not outcome.has_died
+        is_own_loss = self._server_losses != self._workload.server_losses and any(
+            event.range[0] < end and offset < event.range[1] for event in self._written
+        )
+        is_excused = self._workload.may_lose_all or is_own_loss or self._file.may_be_unreadable(offset, end)
+        if not (is_excused or self._is_disturbed() or self._had_error):
+            self._workload.driver.violation(f"{length} bytes at {offset} of {self._file.label} cannot be read any more")
         return True
 
     async def _truncate(self) -> bool:
