@@ -33,6 +33,8 @@ PURGE_EVERY_S = 60.0
 async def tick_forever(state: State) -> None:
     """Members' clocks and sessions' leases, and the log's sync if it hangs."""
     loop = asyncio.get_running_loop()
+    # The first pause counts too: a disk that hangs before the first tick must cost nobody its lease.
+    state.sessions.due(loop.time())
     while True:
         await asyncio.sleep(TICK_S)
         await state.act(state.members.tick(loop.time()))

@@ -62,6 +62,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._is_closed = False
         self._is_stopping = False
         self._loose: set[asyncio.Task[Any]] = set()
+        self._processes: dict[Process, None] = {}
         self.steps = 0
         """Callbacks run so far."""
         self.problems: list[dict[str, Any]] = []
@@ -128,6 +129,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         """A task of the process in whose context it is made."""
         task: asyncio.Task[Result] = asyncio.Task(coro, loop=self, name=name, context=context)
         process = PROCESS.get() if context is None else context.get(PROCESS)
+        if process is not None:
+            self._processes[process] = None
         tasks = self._loose if process is None else process.tasks
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -224,10 +227,18 @@ class SimLoop(asyncio.AbstractEventLoop):
         return self._is_closed
 
     def close(self) -> None:
-        """Nothing runs any more; tasks that are left are ended where they are, their cleaning up changes nothing."""
+        """Nothing runs any more; what is left is ended where it stands, and its cleaning up changes nothing."""
         self._is_closed = True
         self._ready.clear()
         self._timers.clear()
+        before = asyncio._get_running_loop()
+        asyncio._set_running_loop(self)
+        try:
+            for tasks in [self._loose, *(process.tasks for process in self._processes)]:
+                for task in list(tasks):
+                    _end(task.get_coro())
+        finally:
+            asyncio._set_running_loop(before)
 
     def get_debug(self) -> bool:
         """Never: it would cost more than everything else."""
@@ -263,3 +274,12 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
         """Nothing to do."""
+
+
+def _end(work: Any) -> None:
+    """Close a coroutine that will never go on, whatever it says to that."""
+    try:
+        work.close()
+    except BaseException as error:
+        # A `finally` that awaits, or that misses what died before it: nobody is there to be told.
+        del error
