@@ -75,6 +75,7 @@ class FakeStore:
         self.put_error: MendfsError | None = None
         self.hold_puts: asyncio.Event | None = None
         self.hold_gets: asyncio.Event | None = None
+        self.hold_syncs: asyncio.Event | None = None
         self.puts = 0
         self.gets = 0
         self.syncs = 0
@@ -142,6 +143,8 @@ class FakeStore:
                 return await self._get(message)
             case messages.SyncStore():
                 self.syncs += 1
+                if self.hold_syncs is not None:
+                    await self.hold_syncs.wait()
                 self.unsynced.clear()
                 return messages.Synced(self.incarnation)
             case messages.HaveBlocks():

@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import time
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from mendfs.client.volume import OpenFile, Volume
 from mendfs.errors import StoreFull
 from mendfs.meta import commit
 from mendfs.model import Inode, KiB
+from mendfs.wire.messages.meta import MergeSlot, SetAttributes
 from tests.unit.client_tools import Cluster, cluster, contents, read_all, until, write_file
 
 SLOT = 64 * KiB
@@ -120,6 +122,75 @@ async def test_what_was_fsynced_survives_a_power_cut_right_after_its_merge(at_on
             store.lose_unsynced()
         assert await contents(await made.client(), file.inode) == data
         await file.fsync()
+
+
+async def test_an_fsync_under_way_while_its_slots_are_merged_waits_for_the_merges_to_be_durable(at_once: None) -> None:
+    """The log was synced before the merge: without another sync a power cut brings back blocks that nobody synced."""
+    async with cluster() as made:
+        sequences = []
+        merge_slot = made.meta._handlers[MergeSlot]
+
+        async def noting(peer: Any, request: MergeSlot) -> Any:
+            answer: Any = await merge_slot(peer, request)
+            sequences.append(answer.sequence)
+            return answer
+
+        made.meta._handlers[MergeSlot] = noting
+        volume = await made.client()
+        gets = asyncio.Event()
+        syncs = [asyncio.Event() for _ in made.stores]
+        for store, sync in zip(made.stores, syncs, strict=True):
+            store.hold_gets, store.hold_syncs = gets, sync
+        file, _ = await crowded_file(volume)
+        await volume._durability.sync_log()
+        assert file._file.unsynced
+        fsync = asyncio.create_task(file.fsync())
+        await until(lambda: all(store.syncs for store in made.stores))
+        gets.set()
+        await until(lambda: merges(volume) == 2)
+        syncs[1].set()  # too few to have made anything durable
+        await fsync
+        assert made.engine.synced_sequence >= max(sequences)
+        for sync in syncs:
+            sync.set()
+
+
+async def test_what_waits_for_a_merge_does_not_pass_a_truncation(
+    at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "CROWD_MAX", merging.EXTENTS_MAX + 1)
+    monkeypatch.setattr(merge, "HOLD_FROM", merging.EXTENTS_MAX)
+    async with cluster() as made:
+        truncate = made.meta._handlers[SetAttributes]
+        cut, answered, gets = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def late(peer: Any, request: SetAttributes) -> Any:
+            answer = await truncate(peer, request)
+            cut.set()
+            await answered.wait()
+            return answer
+
+        made.meta._handlers[SetAttributes] = late
+        volume = await made.client()
+        for store in made.stores:
+            store.hold_gets = gets
+        file, _ = await crowded_file(volume, slots=1)
+        await until(lambda: any(store.gets for store in made.stores))
+        await file.write(b"old", 50)
+        flush = asyncio.create_task(file.flush())
+        await until(lambda: any(generation.is_wanted for generation in file._file.collecting.values()))
+        truncation = asyncio.create_task(volume.set_attributes(file.inode, size=0))
+        await cut.wait()
+        gets.set()
+        assert volume._merger is not None
+        running = volume._merger._running
+        await until(lambda: not running)
+        await asyncio.wait([flush], timeout=0.2)
+        answered.set()
+        await truncation
+        await flush
+        assert (await volume.attributes(file.inode)).size == 0
+        assert await contents(await made.client(), file.inode) == b""
 
 
 async def test_another_client_goes_on_reading_what_was_merged_and_freed_under_it(at_once: None) -> None:

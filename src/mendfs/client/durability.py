@@ -283,6 +283,8 @@ class Durability:
             answer = None
         named = {(e.partition, e.block) for each in (answer.slots if answer else ()) for e in each.extents}
         if name not in named:
+            # For good: a power cut must not bring back metadata that names it.
+            await self.sync_log()
             file.unsynced.pop(name, None)
         elif all(self._shared.servers.is_up(server) for server in self._shared.row(name[0])):
             file.unsynced.pop(name, None)

@@ -156,6 +156,8 @@ class File:
         self.changes = Changes()
         self.lock = asyncio.Lock()
         """Held by whatever must not meet a commit of older data: truncation and appends."""
+        self.is_being_cut = False
+        """A truncation is under way: not even what has waited for a merge sets out."""
         self._writes_told = 0
         self.errors: deque[MendfsError] = deque()
         self.opens = 0
@@ -288,7 +290,12 @@ class File:
         """The answer to a merge: other extents for the same bytes, of the same version."""
         if answer.version == self.version:
             self._learn_slots((answer.slot,), range(0))
-        # What the merge has replaced is durable in its block, so nobody has to wait for it any more.
+
+    def merge_is_durable(self, answer: Merged) -> None:
+        """What a merge has replaced is in its block, and no power cut undoes it: nobody has to wait for that any more.
+
+        Not before: the metadata could go back to naming what it has replaced, which nobody would sync then.
+        """
         self._forget_overwritten((answer.slot,))
 
     def _forget_overwritten(self, slots: Iterable[SlotExtents]) -> None:

@@ -25,7 +25,16 @@ from mendfs.errors import DeadlineExceeded, MendfsError, OperationError
 from mendfs.extents import Piece
 from mendfs.merging import Burden, extents_of_merged, is_crowded, plan_merge, seen_by
 from mendfs.model import CommitSequence, Extent, Inode, MiB, Slot
-from mendfs.wire.messages.meta import Extents, GetExtents, Merged, MergeSlot, NewBlock, RequestId
+from mendfs.wire.messages.meta import (
+    Extents,
+    GetExtents,
+    LogSynced,
+    Merged,
+    MergeSlot,
+    NewBlock,
+    RequestId,
+    SyncLog,
+)
 from mendfs.world.buffers import BufferPool
 
 log = structlog.get_logger("mendfs.client")
@@ -130,6 +139,9 @@ class Merger:
         if not is_crowded(extents, self._shared.volume.block_size):
             if candidate is not None:
                 del self._candidates[key]
+                if key not in self._running:
+                    # Somebody else has merged or cut it: no merge of ours will let go what was held back for one.
+                    self.on_ended(file, slot)
             return
         if candidate is None:
             if len(self._candidates) >= CANDIDATES_MAX or self._is_stopped:
@@ -254,6 +266,7 @@ class Merger:
             self._nothing_to_merge(key, extents)
             return False
         upload = await self._stored(inode, slot, pieces)
+        generation = self._shared.session.generation
         merged = await self._commit(upload, pieces)
         self.merged_count += 1
         self._candidates.pop(key, None)
@@ -261,6 +274,18 @@ class Merger:
         file.learn_merged(merged)
         self._uploader.committed(upload)
         log.debug("slot merged", inode=inode, slot=slot, extents=len(extents), left=len(merged.slot.extents))
+        if file.unsynced and await self._sync_log() and generation == self._shared.session.generation:
+            file.merge_is_durable(merged)
+        return True
+
+    async def _sync_log(self) -> bool:
+        """Make what was committed durable; whether that worked. The merge is made in any case."""
+        session = self._shared.session
+        try:
+            session.log_synced((await session.query(SyncLog(), LogSynced, timeout_s=META_TIMEOUT_S)).sequence)
+        except MendfsError as error:
+            log.info("the log was not synced after a merge", reason=str(error))
+            return False
         return True
 
     def _nothing_to_merge(self, key: Key, extents: tuple[Extent, ...]) -> None:

@@ -185,8 +185,9 @@ class Names:
             # No commit of older data may pass the truncation: with the lock held nothing new sets out.
             await self._writer.wait_for_commits(file)
             had_data = file.size > 0
-            attributes = await send()
-            self._writer.clip(file, size)
+            with self._writer.cutting(file):
+                attributes = await send()
+                self._writer.clip(file, size)
             file.learn(attributes)
             if size == 0 and had_data:
                 file.was_emptied = True

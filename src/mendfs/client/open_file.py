@@ -84,7 +84,8 @@ class OpenFile:
         if emptied and self._file.unsynced:
             await self._durability.sync_data([self._file])
             self._file.take_error()
-        self._file.was_emptied = False
+        if emptied:
+            self._file.was_emptied = False
 
     async def fsync(self, datasync: bool = False) -> None:
         """Everything of the file is durable afterwards: data on W servers first, then the metadata's log."""

@@ -402,8 +402,8 @@ class Volume:
         for file in self._shared.files:
             if file.version <= survived:
                 continue  # as it was then, it still is
+            # What is unsynced stays so: blocks of commits that survived may be among it, and the others nobody names.
             file.forget_all()
-            file.unsynced.clear()
             if file.opens:
                 file.errors.append(
                     MendfsError("the meta server stopped, and changes of this file that were not synced are lost")

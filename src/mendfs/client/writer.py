@@ -8,7 +8,8 @@ needs no waiting; `write` waits where it says no: for room, for a truncation, fo
 import asyncio
 import errno
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import structlog
 
@@ -123,7 +124,7 @@ class Writer:
             self._freeze(file, slot)
 
     def _may_freeze(self, file: File, slot: Slot) -> bool:
-        return slot not in file.frozen and not self.holds(file, slot)
+        return slot not in file.frozen and not file.is_being_cut and not self.holds(file, slot)
 
     def _make_room(self) -> None:
         """When most of the limit is held by slots that are still filling, upload those too."""
@@ -259,8 +260,23 @@ class Writer:
     # --- truncating, and losing all -----------------------------------------------------------------------------------
 
     async def wait_for_commits(self, file: File) -> None:
-        """Until nothing of the file is on its way; the caller holds its lock, so nothing new sets out."""
+        """Until nothing of the file is on its way; the caller holds its lock, so nothing new sets out.
+
+        But for what is held back for a merge: see `cutting`.
+        """
         await drained(file)
+
+    @contextmanager
+    def cutting(self, file: File) -> Iterator[None]:
+        """While a truncation is made: a merge that ends meanwhile must not let go what is older than the truncation."""
+        file.is_being_cut = True
+        try:
+            yield
+        finally:
+            file.is_being_cut = False
+            for slot in list(file.collecting):
+                self.freeze_waiting(file, slot)
+            file.changes.notify()  # a writer may wait for room in a slot that has been cut away
 
     def clip(self, file: File, size: int) -> None:
         """Forget collected bytes at and past `size`, after a truncation; the caller holds the file's lock."""

@@ -1,8 +1,7 @@
 """What clients do in a run: random operations on a shared tree, each compared with the model.
 
-Names and files are worked on by one operation at a time, so that a known outcome is the only right one; several clients
-take turns, and what one has closed the next one must see. Where the order cannot be known (appends, races for a name,
-two writers of one file) the actors of `sharing` have rules of their own.
+Names and files are worked on by one operation at a time, so that a known outcome is the only right one; what one client
+has closed the next must see. Where the order cannot be known the actors of `sharing` have rules of their own.
 """
 
 import asyncio
@@ -593,9 +592,8 @@ class FileSession:
 
 def kind_of(attributes: Attributes) -> str:
     """What `Value.kind` says of it."""
-    if stat.S_ISDIR(attributes.mode):
-        return "directory"
-    return "symlink" if stat.S_ISLNK(attributes.mode) else "file"
+    other = "symlink" if stat.S_ISLNK(attributes.mode) else "file"
+    return "directory" if stat.S_ISDIR(attributes.mode) else other
 
 
 def _inode_of(value: Value) -> int:
