@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import random
+from typing import Any
 
 import pytest
 
@@ -381,6 +382,39 @@ async def test_a_copy_that_could_not_be_synced_changes_nothing() -> None:
     assert await copy_all(store) >= 2
     await are_there(store, kept)
     await store.close()
+
+
+class SlowDisk(MemoryDisk):
+    """Its threads begin a copy's write when they may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writing = asyncio.Event()
+        self.may_write = asyncio.Event()
+
+    async def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if function is copying._write:
+            self.writing.set()
+            await self.may_write.wait()
+        return await super().run(function, *args, **kwargs)
+
+
+async def test_the_place_of_a_copy_that_was_given_up_is_nobody_elses_while_a_thread_writes_there() -> None:
+    disk = SlowDisk()
+    store, kept = await half_deleted(disk)
+    copy = asyncio.create_task(store.copier.copy_one())
+    await disk.writing.wait()
+    copy.cancel()
+    await asyncio.wait([copy])
+    await store.put(block(30, content(30, LENGTH)), content(30, LENGTH))
+    await store.sync()
+    closing = asyncio.create_task(store.close())
+    await asyncio.wait([closing], timeout=0.1)
+    assert not closing.done(), "a store opened now would be written to by the thread of this one"
+    disk.may_write.set()
+    await closing
+    async with opened(disk, seed=2, segment_bytes=1) as store:
+        await are_there(store, kept | {30})
 
 
 async def test_more_segments_than_may_be_open_are_all_read() -> None:

@@ -196,12 +196,13 @@ class Copier:
             return None
         length = self._index.record_bytes(entry)
         segment, offset = await self._append.reserve(length, is_copy=True)
-        is_written = False
+        # After a cancellation too: the thread goes on, and nobody else may write to that place.
+        is_written = True
         try:
             await self._watch.run_writing(_write, segment, offset, name, entry, raw, self._volume)
             segment.written(offset, length, name)
-            is_written = True
         except OSError as error:
+            is_written = False
             raise self._watch.disk_error("cannot copy a record", error) from None
         finally:
             segment.settle(offset, is_written=is_written)

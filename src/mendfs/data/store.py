@@ -404,6 +404,8 @@ class Store:
                 await self.sync()
         finally:
             await self._syncing.close()
+            # Whoever opens the store next must not find one of our threads still writing to its files.
+            await self.watch.idle()
             await self._close_index()
             self._segments.close()
 

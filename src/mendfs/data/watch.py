@@ -46,6 +46,7 @@ class Watch:
         self._folder = folder
         self._capacity = capacity
         self._operations: dict[int, float] = {}
+        self._ended = asyncio.Event()
         self._last_operation = 0
         self._troubles: dict[str, str] = {}
         self._free = self._total = 0
@@ -72,6 +73,7 @@ class Watch:
 
         def ended(work: "asyncio.Future[Result]") -> None:
             del self._operations[operation]
+            self._ended.set()
             if not work.cancelled():
                 work.exception()
 
@@ -87,6 +89,12 @@ class Watch:
         result = await self.run(function, *args, **kwargs)
         self._wrote_s = asyncio.get_running_loop().time()
         return result
+
+    async def idle(self) -> None:
+        """Until no operation is under way, those included that nobody waits for any more."""
+        while self._operations:
+            self._ended.clear()
+            await self._ended.wait()
 
     @property
     def is_lively(self) -> bool:
