@@ -4,11 +4,13 @@ import asyncio
 import errno
 import os
 import random
+import threading
 from typing import Any
 
 import pytest
 
 from mendfs.data import copying
+from mendfs.data.files import OpenFiles
 from mendfs.data.schema import Fence
 from mendfs.data.store import Store
 from mendfs.errors import BlockCorrupt, BlockMissing, MendfsError, StoreFailed
@@ -452,3 +454,29 @@ async def test_when_no_descriptors_are_left_files_nobody_uses_are_closed() -> No
         assert not is_first and len(files) < opened_before
         await store.sync()
         await are_there(store, set(range(301)))
+
+
+async def test_a_disk_that_takes_long_to_open_one_file_delays_no_read_of_another_from_memory() -> None:
+    disk = MemoryDisk()
+    files = OpenFiles(disk, 8)
+    file = files.open("/data/segments/1", create=True)
+    file.write((b"here",), 0)
+    began, may_end = threading.Event(), threading.Event()
+
+    def slow(operation: str, path: str) -> None:
+        if operation == "open" and not began.is_set():
+            began.set()
+            assert may_end.wait(10)
+
+    disk.fault = slow
+    opening = threading.Thread(target=lambda: files.open("/data/segments/2", create=True))
+    opening.start()
+    assert began.wait(10)
+    buffer = bytearray(4)
+    try:
+        async with asyncio.timeout(5):
+            assert await asyncio.to_thread(file.read_cached_into, buffer, 0)
+    finally:
+        may_end.set()
+        await asyncio.to_thread(opening.join)
+    assert bytes(buffer) == b"here"

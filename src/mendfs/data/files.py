@@ -34,17 +34,24 @@ class OpenFiles:
     def open(self, path: str, *, create: bool = False) -> "SegmentFile":
         """Open a file; with `create` it must not exist yet. Blocks."""
         file = SegmentFile(self, path)
+        file.descriptor = self.acquire(path, create=create)
         with self.lock:
-            file.descriptor = self.acquire(path, create=create)
             self.used(file)
         return file
 
     def acquire(self, path: str, *, create: bool = False) -> File:
-        """A descriptor; called with the lock held. If there are none left, those that nobody uses are given up."""
+        """A descriptor. If there are none left, those that nobody uses are given up. Blocks.
+
+        Called without the lock: the event loop takes that for what is in the page cache, and must not wait for a disk.
+        """
         try:
             return self.disk.open(path, create=create)
         except OSError as error:
-            if error.errno not in _NO_DESCRIPTORS or not self._shrink(OPEN_MIN):
+            if error.errno not in _NO_DESCRIPTORS:
+                raise
+            with self.lock:
+                is_room = self._shrink(OPEN_MIN)
+            if not is_room:
                 raise
         return self.disk.open(path, create=create)
 
@@ -101,18 +108,29 @@ class SegmentFile:
         with self._files.lock:
             if self._is_closed:
                 raise OSError(errno.EBADF, "the segment file was closed", self.path)
-            if self.descriptor is None:
-                self.descriptor = self._files.acquire(self.path)
             self._users += 1
-            self._files.used(self)
-            descriptor = self.descriptor
+            if self.descriptor is not None:
+                self._files.used(self)
         try:
-            yield descriptor
+            descriptor = self.descriptor
+            yield descriptor if descriptor is not None else self._open()
         finally:
             with self._files.lock:
                 self._users -= 1
                 if self._is_closed and not self._users:
                     self.let_go()
+
+    def _open(self) -> File:
+        """Open it anew; it is in use, so nobody closes it."""
+        opened = self._files.acquire(self.path)
+        with self._files.lock:
+            if self.descriptor is None:
+                self.descriptor = opened
+            self._files.used(self)
+            descriptor = self.descriptor
+        if descriptor is not opened:
+            opened.close()  # another thread was quicker
+        return descriptor
 
     def read_into(self, buffer: memoryview | bytearray, offset: int) -> int:
         """See `world.disk.File`."""
