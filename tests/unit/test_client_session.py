@@ -245,6 +245,26 @@ async def test_after_the_meta_server_lost_changes_files_that_lost_some_say_so(la
         assert await contents(volume, lossy.inode) == b"x" * 10
 
 
+async def test_what_survived_of_a_file_that_lost_changes_is_still_made_durable_by_its_fsync() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        file = await write_file(volume, b"file", b"x" * 10)
+        await file.flush()
+        cut = forgetful(c.engine)
+        await file.write(b"lost", c.volume.block_size)
+        await file.flush()
+        await stop_meta(c)
+        c.engine = cut()
+        await c.start_meta()
+        await volume.attributes(Inode(1))
+        with pytest.raises(MendfsError, match="changes of this file that were not synced are lost"):
+            await file.fsync()
+        await file.fsync()
+        for store in c.stores:
+            store.lose_unsynced()
+        assert await contents(volume, file.inode) == b"x" * 10
+
+
 async def test_an_unforeseen_error_while_reconnecting_does_not_leave_callers_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
