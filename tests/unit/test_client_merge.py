@@ -193,6 +193,31 @@ async def test_what_waits_for_a_merge_does_not_pass_a_truncation(
         assert await contents(await made.client(), file.inode) == b""
 
 
+async def test_a_merge_that_the_meta_server_answers_late_leaves_no_id_in_flight(
+    at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session with an id in flight for ever gets no more ranges after some time: every write would hang."""
+    monkeypatch.setattr(merge, "META_TIMEOUT_S", 0.2)
+    async with cluster() as made:
+        merge_slot = made.meta._handlers[MergeSlot]
+        asked, may_answer = asyncio.Event(), asyncio.Event()
+
+        async def late(peer: Any, request: MergeSlot) -> Any:
+            asked.set()
+            await may_answer.wait()
+            return await merge_slot(peer, request)
+
+        made.meta._handlers[MergeSlot] = late
+        volume = await made.client()
+        file, data = await crowded_file(volume, slots=1)
+        await asked.wait()
+        await asyncio.wait([asyncio.create_task(until_merged(volume, file.inode))], timeout=0.5)
+        may_answer.set()
+        await until_merged(volume, file.inode)
+        await until(lambda: not volume._shared.blocks._in_flight)
+        assert await contents(volume, file.inode) == data
+
+
 async def test_another_client_goes_on_reading_what_was_merged_and_freed_under_it(at_once: None) -> None:
     async with cluster() as made:
         volume = await made.client()

@@ -15,13 +15,14 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
+from mendfs.client.commits import FOREVER_S
 from mendfs.client.files import File, Upload
 from mendfs.client.gather import Want
 from mendfs.client.reader import Reader
 from mendfs.client.shared import Shared
 from mendfs.client.tasks import Changes
 from mendfs.client.uploader import Uploader
-from mendfs.errors import DeadlineExceeded, MendfsError, OperationError
+from mendfs.errors import MendfsError, OperationError
 from mendfs.extents import Piece
 from mendfs.merging import Burden, extents_of_merged, is_crowded, plan_merge, seen_by
 from mendfs.model import CommitSequence, Extent, Inode, MiB, Slot
@@ -334,9 +335,9 @@ class Merger:
             return MergeSlot(at, upload.inode, upload.slot, block, extents, seen)
 
         try:
-            return await self._shared.session.change(message, Merged, timeout_s=META_TIMEOUT_S)
-        except DeadlineExceeded:
-            raise  # the merge may yet be made: the block's id stays in flight until the session ends
+            # However long it takes: a merge that was given up may yet be made, so its block's id would stay in flight
+            # until the session ends, and keep the session from getting ids in the end.
+            return await self._shared.session.change(message, Merged, timeout_s=FOREVER_S)
         except MendfsError:
             self._uploader.given_up(upload)
             raise
