@@ -16,6 +16,7 @@ from mendfs.promises import check_metadata
 from mendfs.sim import audit
 from mendfs.sim.driver import Driver
 from mendfs.sim.faults import PROFILES, Breaker, Fault, Losses, Profile, draw_plan
+from mendfs.sim.file_session import files_actor
 from mendfs.sim.scenario import Shape, Simulation
 from mendfs.sim.sharing import Appends, Replaced, race_for_names, use_unlinked_files
 from mendfs.sim.workload import Workload
@@ -87,7 +88,7 @@ class Run:
         workload.on_meta_lost = [each.meta_lost for each in self.replaced]
         actors = [
             *(workload.names_actor() for _ in range(2)),
-            *(workload.files_actor() for _ in range(3)),
+            *(files_actor(workload) for _ in range(3)),
             *(self.appends.actor() for _ in range(2)),
             *(each.writer() for each in self.replaced),
             *(each.reader() for each in self.replaced),
