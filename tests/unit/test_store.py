@@ -532,3 +532,27 @@ async def test_listing_goes_on_where_it_stopped() -> None:
 
 def test_messages_are_what_the_store_takes() -> None:
     assert PutBlock.__struct_fields__ == ("partition", "block", "inode", "slot", "root", "sync")
+
+
+async def test_blocks_that_a_failed_sync_took_are_not_believed_when_the_index_fails_with_it() -> None:
+    """One bad disk is under both: pages in memory say that the blocks are there, and no disk has them."""
+    disk = MemoryDisk()
+    store = await open_on(disk)
+    data = content(1, 5000)
+    await store.put(block(1, data), data)
+
+    def bad_disk(operation: str, path: str) -> None:
+        if operation == "sync" or (operation == "write" and path.startswith("/data/index")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    disk.fault = bad_disk
+    with pytest.raises(StoreFailed):
+        await store.sync()
+    with pytest.raises(StoreFailed):
+        await store.have([(block(1, data).partition, block(1, data).block)])
+    disk.fault = no_fault
+    await abandon(store)
+    disk.kill()
+    store = await open_on(disk, seed=2)
+    assert await store.have([(block(1, data).partition, block(1, data).block)]) == (None,)
+    await store.close()

@@ -242,7 +242,10 @@ class Store:
         raise BlockMissing(f"block {block:#x} of partition {partition} is moved faster than it is read")
 
     async def have(self, names: Sequence[Name]) -> tuple[bytes | None, ...]:
-        """The root of each block that is held."""
+        """The root of each block that is held. Raises StoreFailed."""
+        if self._index.engine.failure:
+            # It may still list blocks that a failed sync has taken: nobody may count on them.
+            raise StoreFailed(self._index.engine.failure)
         entries = [await self._guarded(self._index.find(*name)) for name in names]
         return tuple(entry.root if entry is not None and entry.is_good else None for entry in entries)
 

@@ -126,16 +126,19 @@ class Syncing:
         lost = taken + segment.take_unsynced()
         text = f"segment {segment.number} could not be synced: {error.strerror or error}; unsynced blocks were given up"
         self._watch.trouble(f"sync {segment.number}", text)
-        await self._index.set_segment(segment.number, segment.id, is_closed=True)
-        dropped = await self._index.drop([Journalled(record.place, record.name) for record in lost])
-        for entry in dropped:
-            if entry.is_good:
-                self._watch.count_out(self._index.record_bytes(entry))
-        # What is left of its journal are records that an earlier sync did cover: a start shall believe those.
-        await self._index.forget_journal(Place(segment.number, 0), Place(segment.number + 1, 0))
-        log.error("sync failed", segment=segment.number, error=str(error), blocks_given_up=len(dropped))
-        # Their pages may still be in memory, where a later start without an index would believe them.
-        await punch(self._watch, [(segment, record.place.offset, record.length) for record in lost])
+        try:
+            await self._index.set_segment(segment.number, segment.id, is_closed=True)
+            dropped = await self._index.drop([Journalled(record.place, record.name) for record in lost])
+            for entry in dropped:
+                if entry.is_good:
+                    self._watch.count_out(self._index.record_bytes(entry))
+            # What is left of its journal are records that an earlier sync did cover: a start shall believe those.
+            await self._index.forget_journal(Place(segment.number, 0), Place(segment.number + 1, 0))
+        finally:
+            # Their pages may still be in memory, where a later start would believe them: without an index, or with
+            # one that could not be written either, for the same disk is under both.
+            log.error("sync failed", segment=segment.number, error=str(error), blocks_given_up=len(lost))
+            await punch(self._watch, [(segment, record.place.offset, record.length) for record in lost])
 
 
 async def punch(watch: Watch, spans: list[Span]) -> None:
