@@ -12,7 +12,7 @@ from tests.real_cluster import needs_mounts, needs_root
 
 pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
-PACKAGES = ("asyncio", "collections", "concurrent", "email", "encodings", "http", "json", "lib2to3", "logging", "xml")
+PACKAGES = ("asyncio", "collections", "email", "http", "json", "logging")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_rsync_copies_once_and_then_finds_nothing_to_do(place: Place, source: Pa
     everything = ("rsync", "-aHAX", "--numeric-ids", "--itemize-changes", "--modify-window=-1")
     sent = lines(place.run(*everything, f"{source}/", f"{copy}/"))
     expected = digests(source)
-    assert len(sent) >= len(expected) > 600
+    assert len(sent) >= len(expected) > 150
     assert digests(copy) == expected
     assert place.run(*everything, f"{source}/", f"{copy}/") == ""
     assert place.run(*everything, "--checksum", f"{source}/", f"{copy}/") == ""

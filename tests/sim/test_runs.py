@@ -48,10 +48,19 @@ async def test_the_promises_hold_for_fixed_and_fresh_seeds() -> None:
     assert min(report.acknowledged for report in reports) > 100
 
 
-@pytest.mark.parametrize("bug", ["verification-skipped", "cut-ignored", "request-done-twice"])
-async def test_a_planted_bug_is_found(bug: str) -> None:
+@pytest.mark.parametrize(
+    ("bug", "profile"),
+    [
+        ("cut-ignored", "calm"),
+        ("request-done-twice", "crashes"),
+        ("verification-skipped", "disks"),
+        ("range-granted-unsynced", "calm"),
+        ("commit-before-quorum", "calm"),
+    ],
+)
+async def test_a_planted_bug_is_found(bug: str, profile: str) -> None:
     async with Pool(2) as pool:
-        orders = [Order(seed=seed, seconds=180.0, planted=bug) for seed in range(1, 21)]
+        orders = [Order(seed=seed, profile=profile, seconds=120.0, planted=bug) for seed in range(1, 21)]
         async for report in pool.run(orders):
             if report.failures:
                 return
