@@ -177,6 +177,8 @@ class Store:
                 await self.watch.run_writing(_write, segment, offset, header, data)
             is_written = True
         except OSError as error:
+            # A part of it may be there: on a full disk of all places that room must not stay taken.
+            await punch(self.watch, [(segment, offset, header.total_bytes)])
             raise self.watch.disk_error(f"cannot write block {message.block:#x}", error) from None
         finally:
             # In flight until it is in the index: a checkpoint must not pass a record that no journal names yet.
