@@ -14,8 +14,10 @@ The map, lowest layer first. A package imports only from layers above it in this
     data        data server: segments, index, inventory
     meta        meta server: namespace, sessions, commit, freeing, members
     client      the volume as a library: sessions, writing, reading
+    promises    what must hold of stored metadata, as checks
     fuse        the kernel's FUSE protocol, and the volume behind it
     cluster     what runs on one machine: children, supervisor, the folder it is written down in
+    sim         a whole cluster in one process, on simulated time, network and disks
     cli         the command line
 
 Data flows one way: application -> fuse -> client -> (wire) -> meta -> kv for names, -> (wire) -> data -> world for
