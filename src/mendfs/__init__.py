@@ -6,6 +6,7 @@ The map, lowest layer first. A package imports only from layers above it in this
     errors      every error raised on purpose, classed by what the caller does next
     blocks      page checksums and root of a block
     extents     newer extents over older ones, clipping by cuts, the plan of a read
+    merging     which slots are crowded, and what is rewritten of them
     placement   which servers hold which partition
     world       the only seam to the operating system: network, disk, processes, clock, rng
     wire        frames, messages, connections
