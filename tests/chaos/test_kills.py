@@ -13,7 +13,7 @@ import pytest
 
 from tests.real_cluster import RealCluster, needs_mounts
 
-KILLS = int(os.environ.get("MENDFS_KILLS", "12"))
+KILLS = int(os.environ.get("MENDFS_KILLS", "8"))
 SEED = int(os.environ.get("MENDFS_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
 WRITERS = 3
 PAUSE_MAX_S = 0.4

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.programs import PYTHON, Place, as_both_users, as_ordinary_user, lines, need
+from tests.mount.programs import PYTHON, Place, as_ordinary_user, lines, need
 from tests.real_cluster import needs_mounts
 
 pytestmark = [needs_mounts, pytest.mark.timeout(600)]
@@ -29,7 +29,7 @@ class Git:
         return self._place.run("git", *arguments, cwd=cwd, environment=who | settings)
 
 
-@as_both_users
+@as_ordinary_user
 def test_git_commits_packs_and_clones_five_hundred_files(place: Place) -> None:
     need("git")
     git = Git(place)

@@ -91,7 +91,8 @@ class Driver:
             except MendfsError as error:
                 outcome = Outcome(error=error)
             except Exception as error:
-                self.sim.problems.append(f"{what} raised {error!r}")
+                if not loop.is_closed():  # else it is only being ended, with the run
+                    self.sim.problems.append(f"{what} raised {error!r}")
                 raise
             if not done.done():
                 done.set_result(outcome)

@@ -90,8 +90,9 @@ class Machine:
         except MendfsError as error:
             reason = error
         except Exception as error:
-            self.cluster.problems.append(f"{self.name} died of {error!r}")
-            self.cluster.trace.say(f"{self.name} died of {error!r}")
+            if not self.cluster.loop.is_closed():  # else it is only being ended, with the run
+                self.cluster.problems.append(f"{self.name} died of {error!r}")
+                self.cluster.trace.say(f"{self.name} died of {error!r}")
             raise
         self.cluster.trace.say(f"{self.name} ends: {reason}")
         # Outside the process, which is over with that.
