@@ -140,8 +140,13 @@ class Store:
         # entered or given up in order.
         task = asyncio.create_task(self._put_guarded(message, data))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._put_ended)
         return await asyncio.shield(task)
+
+    def _put_ended(self, task: "asyncio.Task[Incarnation]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: whoever asked may be gone, and health says what is wrong with the disk
 
     async def _put_guarded(self, message: PutBlock, data: Buffer) -> Incarnation:
         try:

@@ -9,6 +9,7 @@ import msgspec
 import structlog
 
 from mendfs.client.volume import Volume
+from mendfs.errors import MendfsError
 from mendfs.kv.memory import MemoryEngine
 from mendfs.meta import ranges, schema
 from mendfs.model import Attributes, Inode
@@ -242,7 +243,9 @@ def simulate(
     workload = getattr(run, "driver", None)
     failures += workload.violations if workload is not None else []
     failures += sim.problems
-    failures += [f"{problem.get('message')}: {problem.get('exception')!r}" for problem in sim.loop.problems]
+    # An error of ours that nobody waited for is told in health, or to the next who asks.
+    unseen = [problem for problem in sim.loop.problems if not isinstance(problem.get("exception"), MendfsError)]
+    failures += [f"{problem.get('message')}: {problem.get('exception')!r}" for problem in unseen]
     return Report(
         seed=seed,
         profile=profile,
