@@ -17,7 +17,7 @@ from mendfs.errors import AllReplicasFailed, MendfsError, OperationError, Replic
 from mendfs.model import CommitSequence, Incarnation, Inode, ServerNumber
 from mendfs.transfer import BlockRef
 from mendfs.wire.messages.data import BlocksHeld, HaveBlocks, PutBlock, Stored, Synced, SyncStore
-from mendfs.wire.messages.meta import Extents, GetExtents, LogSynced, SyncLog
+from mendfs.wire.messages.meta import Extents, GetExtents
 
 log = structlog.get_logger("mendfs.client")
 
@@ -102,8 +102,7 @@ class Durability:
         """Every change answered before survives a power cut of the meta server."""
         timeout_s = self._shared.options.write_timeout_s
         forever_or_s = float("inf") if timeout_s is None else timeout_s
-        answer = await self._shared.session.query(SyncLog(), LogSynced, timeout_s=forever_or_s)
-        self._shared.session.log_synced(answer.sequence)
+        await self._shared.session.sync_log(forever_or_s)
 
     @property
     def newest_change(self) -> CommitSequence:

@@ -29,12 +29,10 @@ from mendfs.model import CommitSequence, Extent, Inode, MiB, Slot
 from mendfs.wire.messages.meta import (
     Extents,
     GetExtents,
-    LogSynced,
     Merged,
     MergeSlot,
     NewBlock,
     RequestId,
-    SyncLog,
 )
 from mendfs.world.buffers import BufferPool
 
@@ -281,9 +279,8 @@ class Merger:
 
     async def _sync_log(self) -> bool:
         """Make what was committed durable; whether that worked. The merge is made in any case."""
-        session = self._shared.session
         try:
-            session.log_synced((await session.query(SyncLog(), LogSynced, timeout_s=META_TIMEOUT_S)).sequence)
+            await self._shared.session.sync_log(META_TIMEOUT_S)
         except MendfsError as error:
             log.info("the log was not synced after a merge", reason=str(error))
             return False

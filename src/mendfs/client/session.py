@@ -27,7 +27,7 @@ from mendfs.errors import (
 from mendfs.model import BlockId, CommitSequence, Generation, Inode, ServerView, SessionId, Table, Volume
 from mendfs.wire.messages import Message
 from mendfs.wire.messages import session as messages
-from mendfs.wire.messages.meta import RequestId
+from mendfs.wire.messages.meta import LogSynced, RequestId, SyncLog
 from mendfs.wire.peer import Credentials, Peer, connect
 from mendfs.world import World
 
@@ -193,6 +193,10 @@ class Session:
         sequence: CommitSequence = getattr(result, "sequence", CommitSequence(0))
         self.sequence_changed = max(self.sequence_changed, sequence)
         return self._checked(result, answer)
+
+    async def sync_log(self, timeout_s: float) -> None:
+        """Every change answered before survives a power cut of the meta server."""
+        self.log_synced((await self.query(SyncLog(), LogSynced, timeout_s=timeout_s)).sequence)
 
     def log_synced(self, sequence: CommitSequence) -> None:
         """The meta server's log is durable up to here."""

@@ -6,9 +6,10 @@ import msgspec
 
 from mendfs.blocks import block_digest
 from mendfs.errors import CommitRefused
+from mendfs.extents import blocks_in, stored_bytes
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
-from mendfs.model import BlockId, Inode, Partition, Row, ServerNumber, Slot
+from mendfs.model import BlockId, Extent, Inode, Partition, Row, ServerNumber, Slot
 from mendfs.wire.messages import meta as messages
 
 _DIGEST_BITS = 128
@@ -110,3 +111,19 @@ async def forget_block(
         key = schema.owed_key(entry.server, partition, block)
         if await tx.get(key) is not None:
             tx.delete(key)
+
+
+def store_slot(tx: Transaction, key: bytes, stored: tuple[Extent, ...], kept: tuple[Extent, ...], *, part: int) -> int:
+    """Store what a slot holds from now on. Blocks that it names no more go to the freeing queue. Returns bytes gained.
+
+    `part` tells the slots of one transaction apart.
+    """
+    if kept:
+        tx.put(key, schema.SLOT.encode(kept))
+    else:
+        tx.delete(key)
+    dropped = blocks_in(stored) - blocks_in(kept)
+    if dropped:
+        drop = schema.DropRecord(tuple(sorted(dropped)))
+        tx.put(schema.drop_key(tx.sequence(), part), schema.DROP.encode(drop))
+    return stored_bytes(kept) - stored_bytes(stored)

@@ -11,10 +11,10 @@ import stat
 import msgspec
 
 from mendfs.errors import AppendMoved, BadMessage, OperationError, TooBig
-from mendfs.extents import BlockName, blocks_in, clip, overlay, stored_bytes
+from mendfs.extents import BlockName, clip, overlay
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
-from mendfs.meta.blocks import Tallies, add_block
+from mendfs.meta.blocks import Tallies, add_block, store_slot
 from mendfs.meta.inodes import changed, find, visible, write
 from mendfs.meta.ranges import check_owned
 from mendfs.model import SIZE_MAX, Extent, Inode, SessionId, Slot, SlotExtents, Volume
@@ -105,11 +105,7 @@ class _Slots:
         result = overlay(older, newer)
         if len(result) > EXTENTS_MAX:
             raise TooBig(f"slot {change.slot} would be in more than {EXTENTS_MAX} pieces: it must be merged first")
-        tx.put(schema.slot_key(inode, change.slot), schema.SLOT.encode(result))
-        dropped = blocks_in(stored) - blocks_in(result)
-        if dropped:
-            tx.put(schema.drop_key(tx.sequence(), part), schema.DROP.encode(schema.DropRecord(tuple(sorted(dropped)))))
-        self.gained += stored_bytes(result) - stored_bytes(stored)
+        self.gained += store_slot(tx, schema.slot_key(inode, change.slot), stored, result, part=part)
         self.results.append(SlotExtents(change.slot, result))
 
 

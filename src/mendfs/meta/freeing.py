@@ -8,10 +8,9 @@ resumable transaction; a step that is done twice finds nothing left to do.
 
 import msgspec
 
-from mendfs.extents import blocks_in
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
-from mendfs.meta.blocks import Tallies, drop_reference, find_row, forget_block
+from mendfs.meta.blocks import Tallies, drop_reference, find_row, forget_block, store_slot
 from mendfs.model import BlockId, CommitSequence, Inode, Partition, ServerNumber, SessionId, Slot
 
 INODES_A_STEP = 100
@@ -47,9 +46,7 @@ async def free_inode(tx: Transaction, inode: Inode) -> bool:
         return True
     slots = await tx.range(*schema.slots_of(inode, Slot(0)), limit=SLOTS_A_STEP)
     for part, (key, stored) in enumerate(slots):
-        tx.delete(key)
-        drop = schema.DropRecord(tuple(sorted(blocks_in(schema.SLOT.decode(stored)))))
-        tx.put(schema.drop_key(tx.sequence(), part), schema.DROP.encode(drop))
+        store_slot(tx, key, schema.SLOT.decode(stored), (), part=part)
     if slots:
         return False
     xattrs = await tx.range(*schema.xattrs_of(inode), limit=XATTRS_A_STEP)

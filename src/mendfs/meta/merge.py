@@ -10,11 +10,11 @@ import errno
 import msgspec
 
 from mendfs.errors import BadMessage, OperationError
-from mendfs.extents import blocks_in, clip, stored_bytes
+from mendfs.extents import clip
 from mendfs.kv.engine import Transaction
 from mendfs.merging import HOLE, substitute
 from mendfs.meta import schema
-from mendfs.meta.blocks import Tallies, add_block
+from mendfs.meta.blocks import Tallies, add_block, store_slot
 from mendfs.meta.commit import check_extent
 from mendfs.meta.inodes import changed, find, write
 from mendfs.meta.ranges import check_owned
@@ -74,11 +74,7 @@ async def merge(tx: Transaction, request: messages.MergeSlot, session: SessionId
         tallies=tallies,
     )
     await tallies.apply(tx)
-    tx.put(key, schema.SLOT.encode(result))
-    dropped = blocks_in(stored) - blocks_in(result)
-    if dropped:
-        tx.put(schema.drop_key(tx.sequence(), 0), schema.DROP.encode(schema.DropRecord(tuple(sorted(dropped)))))
-    gained = stored_bytes(result) - stored_bytes(stored)
+    gained = store_slot(tx, key, stored, result, part=0)
     if gained:
         write(tx, changed(record, stored=max(0, record.attributes.stored + gained)))
     return messages.Merged(SlotExtents(request.slot, result), record.attributes.version, tx.sequence())

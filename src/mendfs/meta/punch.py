@@ -8,9 +8,10 @@ import errno
 import stat
 
 from mendfs.errors import OperationError
-from mendfs.extents import blocks_in, clip, punch, stored_bytes
+from mendfs.extents import clip, punch
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
+from mendfs.meta.blocks import store_slot
 from mendfs.meta.commit import EXTENTS_MAX
 from mendfs.meta.inodes import changed, find, visible, write
 from mendfs.model import Slot, Volume
@@ -41,14 +42,7 @@ async def punch_range(tx: Transaction, request: messages.Punch, volume: Volume) 
             next_byte = start
             break
         kept = punch(clip(stored, record.cuts, slot_start=start), request.begin - start, request.end - start)
-        if kept:
-            tx.put(key, schema.SLOT.encode(kept))
-        else:
-            tx.delete(key)
-        dropped = blocks_in(stored) - blocks_in(kept)
-        if dropped:
-            tx.put(schema.drop_key(tx.sequence(), part), schema.DROP.encode(schema.DropRecord(tuple(sorted(dropped)))))
-        lost += stored_bytes(stored) - stored_bytes(kept)
+        lost -= store_slot(tx, key, stored, kept, part=part)
     record = changed(
         record,
         stored=max(0, record.attributes.stored - lost),

@@ -6,9 +6,10 @@ by it. A pass that is cut short starts over: clipping twice is clipping once.
 
 import msgspec
 
-from mendfs.extents import blocks_in, clip, stored_bytes
+from mendfs.extents import clip
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
+from mendfs.meta.blocks import store_slot
 from mendfs.meta.inodes import changed, write
 from mendfs.model import Inode, Slot, Volume
 
@@ -35,22 +36,12 @@ async def apply_cuts(tx: Transaction, inode: Inode, first: Slot, volume: Volume)
     lowest = Slot(min(cut.size for cut in record.cuts) // volume.block_size)
     found = await tx.range(*schema.slots_of(inode, Slot(max(first, lowest))), limit=SLOTS_A_STEP)
     lost = 0
-    part = 0
-    for key, raw in found:
+    for part, (key, raw) in enumerate(found):
         stored = schema.SLOT.decode(raw)
         kept = clip(stored, record.cuts, slot_start=schema.slot_in(key) * volume.block_size)
         if kept == stored:
             continue
-        if kept:
-            tx.put(key, schema.SLOT.encode(kept))
-        else:
-            tx.delete(key)
-        dropped = blocks_in(stored) - blocks_in(kept)
-        if dropped:
-            drop = schema.DropRecord(tuple(sorted(dropped)))
-            tx.put(schema.drop_key(tx.sequence(), part), schema.DROP.encode(drop))
-            part += 1
-        lost += stored_bytes(stored) - stored_bytes(kept)
+        lost -= store_slot(tx, key, stored, kept, part=part)
     if lost:
         # Not a change of contents: the version stays, so no cache is dropped for it.
         write(tx, changed(record, stored=max(0, record.attributes.stored - lost)))
