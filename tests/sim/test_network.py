@@ -41,7 +41,7 @@ class World:
 
     def __init__(self, seed: int = 1) -> None:
         self.loop = SimLoop()  # type: ignore[abstract] # what nobody calls is not there
-        self.network = SimNetwork(self.loop, random.Random(seed), lambda text: None)
+        self.network = SimNetwork(self.loop, random.Random(seed))
         self.a, self.b = Process("a"), Process("b")
         self.near, self.far = Collector(), Collector()
 

@@ -8,36 +8,23 @@ import random
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
+from mendfs.sim.content import Node, apply_by_chance
 from mendfs.world.disk import Buffer, File
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-SECTOR = 512
 PAGE = 4096
-Change = tuple[int, bytes] | int
-"""A write (offset, bytes), or a new length."""
 
 
-class Node:
-    """A file's content: what reads see, what is durable, and the changes between the two."""
+class MemoryNode(Node):
+    """A file's content; tests damage it in place, and a sync makes that durable too."""
 
-    def __init__(self) -> None:
-        self.content = bytearray()
-        self.durable = bytearray()
-        self.changes: list[Change] = []
-        self.is_linked = True
-        self.is_named = False
-
-    def copy(self) -> "Node":
-        copied = Node()
+    def copy(self) -> "MemoryNode":
+        copied = MemoryNode()
         copied.content, copied.durable = bytearray(self.content), bytearray(self.durable)
         copied.changes, copied.is_named = list(self.changes), self.is_named
         return copied
-
-    def apply(self, change: Change) -> None:
-        _apply(self.content, change)
-        self.changes.append(change)
 
     def sync(self) -> None:
         self.durable = bytearray(self.content)
@@ -46,36 +33,15 @@ class Node:
     def cut(self, rng: random.Random) -> None:
         """Of what was not synced, some sectors reached the disk, in no order."""
         survivor = bytearray(self.durable)
-        for change in self.changes:
-            if isinstance(change, int):
-                if rng.random() < 0.5:
-                    _apply(survivor, change)
-                continue
-            offset, data = change
-            for start in range(0, len(data), SECTOR):
-                if rng.random() < 0.5:
-                    _apply(survivor, (offset + start, data[start : start + SECTOR]))
+        apply_by_chance(survivor, self.changes, rng, 0.5)
         self.content, self.durable = survivor, bytearray(survivor)
         self.changes.clear()
-
-
-def _apply(content: bytearray, change: Change) -> None:
-    if isinstance(change, int):
-        if change < len(content):
-            del content[change:]
-        else:
-            content.extend(bytes(change - len(content)))
-        return
-    offset, data = change
-    if offset > len(content):
-        content.extend(bytes(offset - len(content)))
-    content[offset : offset + len(data)] = data
 
 
 class MemoryFile:
     """An open file."""
 
-    def __init__(self, disk: "MemoryDisk", path: str, node: Node) -> None:
+    def __init__(self, disk: "MemoryDisk", path: str, node: MemoryNode) -> None:
         self._disk = disk
         self._path = path
         self._node = node
@@ -152,8 +118,8 @@ class MemoryDisk:
     """A machine's files. `fault(operation, path)` may raise OSError: read write sync punch open unlink names room."""
 
     def __init__(self) -> None:
-        self.nodes: dict[str, Node] = {}
-        self.removed: dict[str, Node] = {}
+        self.nodes: dict[str, MemoryNode] = {}
+        self.removed: dict[str, MemoryNode] = {}
         """Removed, but the directory is not synced since: a power cut may bring them back."""
         self.age = 0
         self.is_cached = True
@@ -206,7 +172,7 @@ class MemoryDisk:
         if not create and path not in self.nodes:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if create:
-            self.nodes[path] = Node()
+            self.nodes[path] = MemoryNode()
         return MemoryFile(self, path, self.nodes[path])
 
     def exists(self, path: str) -> bool:
@@ -241,7 +207,7 @@ class MemoryDisk:
 
     def replace_file(self, path: str, content: bytes, *, mode: int = 0o600) -> None:
         self.check("write", path)
-        node = self.nodes[path] = Node()
+        node = self.nodes[path] = MemoryNode()
         node.apply((0, content))
         node.sync()
         node.is_named = True
@@ -256,7 +222,7 @@ class MemoryDisk:
     def lock(self, path: str) -> File:
         if path in self.locked:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
-        self.nodes.setdefault(path, Node())
+        self.nodes.setdefault(path, MemoryNode())
         self.locked.add(path)
         return MemoryFile(self, path, self.nodes[path])
 

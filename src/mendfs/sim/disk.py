@@ -16,15 +16,12 @@ from typing import ParamSpec, TypeVar
 
 import msgspec
 
+from mendfs.sim.content import Node, apply_by_chance, apply_change
 from mendfs.sim.loop import Process, SimLoop
 from mendfs.world.disk import Buffer, File
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-SECTOR_BYTES = 512
-Change = tuple[int, bytes] | int
-"""A write (offset, bytes), or a new length."""
 
 
 class DiskRules(msgspec.Struct, kw_only=True):
@@ -45,27 +42,15 @@ class DiskRules(msgspec.Struct, kw_only=True):
     total_bytes: int = 1 << 40
 
 
-class Node:
-    """A file's content: what reads see, what is durable, and the changes between the two."""
+class SimNode(Node):
+    """See `Node`."""
 
-    __slots__ = ("changes", "content", "durable", "is_linked", "is_named")
-
-    def __init__(self) -> None:
-        self.content = bytearray()
-        self.durable = bytearray()
-        self.changes: list[Change] = []
-        self.is_linked = True
-        self.is_named = False
-
-    def change(self, change: Change) -> None:
-        """A write or truncation that is not durable yet."""
-        _apply(self.content, change)
-        self.changes.append(change)
+    __slots__ = ()
 
     def sync(self) -> None:
         """All of it is durable."""
         for change in self.changes:
-            _apply(self.durable, change)
+            apply_change(self.durable, change)
         self.changes.clear()
 
     def lose_power(self, rng: random.Random) -> None:
@@ -78,30 +63,9 @@ class Node:
             chance = 1.0
         else:
             kept, chance = self.changes, rng.random()
-        for change in kept:
-            if isinstance(change, int):
-                if rng.random() < chance:
-                    _apply(self.durable, change)
-                continue
-            offset, data = change
-            for start in range(0, len(data), SECTOR_BYTES):
-                if rng.random() < chance:
-                    _apply(self.durable, (offset + start, data[start : start + SECTOR_BYTES]))
+        apply_by_chance(self.durable, kept, rng, chance)
         self.content = bytearray(self.durable)
         self.changes.clear()
-
-
-def _apply(content: bytearray, change: Change) -> None:
-    if isinstance(change, int):
-        if change < len(content):
-            del content[change:]
-        else:
-            content.extend(bytes(change - len(content)))
-        return
-    offset, data = change
-    if offset > len(content):
-        content.extend(bytes(offset - len(content)))
-    content[offset : offset + len(data)] = data
 
 
 class SimDisk:
@@ -114,12 +78,12 @@ class SimDisk:
         self.rules = DiskRules()
         self.told = told
         """Called with a line for the trace when an operation fails."""
-        self.nodes: dict[str, Node] = {}
+        self.nodes: dict[str, SimNode] = {}
         self.locks: dict[str, Process] = {}
         self.hung: asyncio.Event | None = None
         self.when_written: Callable[[], None] | None = None
         """What happens when the next operation that ran in a thread has been done, before anybody knows of it."""
-        self._removed: dict[str, Node] = {}
+        self._removed: dict[str, SimNode] = {}
         """Names whose removal is not durable."""
         self._directories: set[str] = set()
 
@@ -205,7 +169,7 @@ class SimDisk:
 class SimFile:
     """An open file. See `File`."""
 
-    def __init__(self, disk: SimDisk, process: Process, path: str, node: Node) -> None:
+    def __init__(self, disk: SimDisk, process: Process, path: str, node: SimNode) -> None:
         self._disk = disk
         self._process = process
         self._path = path
@@ -234,9 +198,9 @@ class SimFile:
         try:
             self._check("write")
         except OSError:
-            self._node.change((offset, data[: self._disk.rng.randrange(len(data) + 1)]))
+            self._node.apply((offset, data[: self._disk.rng.randrange(len(data) + 1)]))
             raise
-        self._node.change((offset, data))
+        self._node.apply((offset, data))
 
     def datasync(self) -> None:
         """After an error the pages are dropped: reads show what was written until the machine restarts."""
@@ -250,14 +214,14 @@ class SimFile:
     def truncate(self, length: int) -> None:
         """Cut or extend."""
         self._check("write")
-        self._node.change(length)
+        self._node.apply(length)
 
     def punch(self, offset: int, length: int) -> None:
         """The range reads as zeros."""
         self._disk.check("punch", self._path)
         length = min(length, len(self._node.content) - offset)
         if length > 0:
-            self._node.change((offset, bytes(length)))
+            self._node.apply((offset, bytes(length)))
 
     def forget_cached(self, offset: int, length: int) -> None:
         """The next read comes from the disk: here they all do."""
@@ -297,7 +261,7 @@ class ProcessDisk:
         if not create and path not in nodes:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if create:
-            nodes[path] = Node()
+            nodes[path] = SimNode()
         return SimFile(self._disk, self._process, path, nodes[path])
 
     def exists(self, path: str) -> bool:
@@ -337,8 +301,8 @@ class ProcessDisk:
         self._disk.check("sync", path)
         if path in self._disk.nodes:
             self._disk.nodes[path].is_linked = False
-        node = self._disk.nodes[path] = Node()
-        node.change((0, content))
+        node = self._disk.nodes[path] = SimNode()
+        node.apply((0, content))
         node.sync()
         node.is_named = True
 
@@ -357,7 +321,7 @@ class ProcessDisk:
         holder = self._disk.locks.get(path)
         if holder is not None and holder.is_alive:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
-        node = self._disk.nodes.setdefault(path, Node())
+        node = self._disk.nodes.setdefault(path, SimNode())
         node.is_named = True
         self._disk.locks[path] = self._process
         return SimFile(self._disk, self._process, path, node)

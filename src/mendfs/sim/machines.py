@@ -232,13 +232,3 @@ class ClientMachine(Machine):
         self.volume, self.opened_by = volume, self.process
         await self._work(volume, world)
         return None
-
-
-async def until(condition: Callable[[], bool], *, within_s: float) -> bool:
-    """Wait in simulated time; False if the condition did not come true."""
-    deadline_s = asyncio.get_running_loop().time() + within_s
-    while not condition():
-        if asyncio.get_running_loop().time() >= deadline_s:
-            return False
-        await asyncio.sleep(0.05)
-    return True

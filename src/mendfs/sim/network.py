@@ -40,12 +40,10 @@ class LinkRules(msgspec.Struct, kw_only=True):
 class SimNetwork:
     """All hosts' network. `at(host, process)` is what one process is given."""
 
-    def __init__(self, loop: SimLoop, rng: random.Random, told: Callable[[str], None]) -> None:
+    def __init__(self, loop: SimLoop, rng: random.Random) -> None:
         self.loop = loop
         self.rng = rng
         self.rules = LinkRules()
-        self.told = told
-        """Called with a line for the trace."""
         self.connections: list[Connection] = []
         self._listeners: dict[Address, tuple[Process, str, Factory]] = {}
         self._cut: set[tuple[str, str]] = set()

@@ -18,6 +18,7 @@ from mendfs.sim import audit
 from mendfs.sim.driver import Driver
 from mendfs.sim.faults import PROFILES, Breaker, Fault, Losses, Profile, draw_plan
 from mendfs.sim.file_session import files_actor
+from mendfs.sim.machines import ClientMachine
 from mendfs.sim.scenario import Shape, Simulation
 from mendfs.sim.sharing import Appends, Replaced, race_for_names, use_unlinked_files
 from mendfs.sim.workload import Workload
@@ -73,7 +74,7 @@ class Run:
         plan_rng = random.Random(sim.rng.getrandbits(64))
         self.driver = driver = Driver(sim, CLIENTS)
         sim.meta.violation = driver.violation
-        workload = self.workload = Workload(driver, rng, quorum=sim.shape.write_quorum)
+        workload = self.workload = Workload(driver, rng)
         self.breaker = Breaker(sim, Losses(workload.meta_lost, self._server_lost, self._server_damaged))
         workload.may_lose_all = self.profile.is_ruinous
         await workload.begin()
@@ -115,8 +116,7 @@ class Run:
         self.workload.server_lost(server, quorum=self._quorum())
 
     def _server_damaged(self, server: str) -> None:
-        if server not in self.damaged:
-            self.damaged.add(server)
+        self.damaged.add(server)
         self.workload.server_lost(server, quorum=self._quorum())
 
     def _quorum(self) -> int:
@@ -155,9 +155,8 @@ class Run:
         for problem in check_metadata(pairs):
             self.driver.violation(problem)
 
-    async def _check_names(self, client: object) -> None:
+    async def _check_names(self, client: ClientMachine) -> None:
         workload = self.workload
-        machine = self.driver.clients[0]
 
         async def walk(volume: Volume) -> list[list[tuple[bytes, Attributes]]]:
             found = []
@@ -166,7 +165,7 @@ class Run:
                 found.append([(entry.name, entry.attributes) for entry in listing.entries if entry.attributes])
             return found
 
-        outcome = await workload.call(machine, "walk", walk)
+        outcome = await workload.call(client, "walk", walk)
         if not outcome.is_ok:
             self.driver.violation(f"the tree cannot be walked: {outcome}")
             return

@@ -1,4 +1,4 @@
-"""A cluster in one process, and the words that runs and tests use: crash(), cut(), corrupt(), until().
+"""A cluster in one process: its machines, network, time and trace.
 
 with Simulation(seed=1) as sim:
     sim.run(my_test(sim))
@@ -15,7 +15,7 @@ from mendfs.client.volume import Volume
 from mendfs.model import KiB
 from mendfs.model import Volume as Parameters
 from mendfs.sim.loop import SimLoop
-from mendfs.sim.machines import ClientMachine, DataMachine, Machine, MetaMachine, until
+from mendfs.sim.machines import ClientMachine, DataMachine, Machine, MetaMachine
 from mendfs.sim.network import SimNetwork
 from mendfs.sim.trace import Trace
 from mendfs.world import World
@@ -46,7 +46,7 @@ class Simulation:
         self.shape = shape or Shape()
         self.loop = SimLoop()  # type: ignore[abstract] # what nobody calls is not there
         self.trace = Trace(self.loop.time, keep=keep_trace)
-        self.network = SimNetwork(self.loop, random.Random(self.rng.getrandbits(64)), self.trace.say)
+        self.network = SimNetwork(self.loop, random.Random(self.rng.getrandbits(64)))
         self.secret = b"simulated secret"
         self.problems: list[str] = []
         """Mistakes of ours that came up: any is a failure of the run."""
@@ -105,7 +105,3 @@ class Simulation:
 
         self.client(name, work, **options)
         return await opened
-
-    async def until(self, condition: Any, *, within_s: float) -> bool:
-        """Wait in simulated time; False if the condition did not come true."""
-        return await until(condition, within_s=within_s)

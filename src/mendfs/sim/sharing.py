@@ -186,7 +186,6 @@ class Replaced:
         self._certain = 0
         """The newest version that is there for certain."""
         self._durable = 0
-        self._losses = 0
         self._lock = asyncio.Lock()
 
     def meta_lost(self) -> None:

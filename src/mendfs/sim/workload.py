@@ -30,10 +30,9 @@ READ_STEP = 1024
 class Workload:
     """The shared tree, its model, and the actors on it."""
 
-    def __init__(self, driver: Driver, rng: random.Random, *, quorum: int) -> None:
+    def __init__(self, driver: Driver, rng: random.Random) -> None:
         self.driver = driver
         self.rng = rng
-        self.quorum = quorum
         self.directories: list[Inode] = [ROOT_INODE]
         self.names: list[Name] = []
         self.files: list[FileState] = []
