@@ -5,13 +5,16 @@ them at once: a change of a session that has ended, a block that too few servers
 grant a power cut could take back.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 
+from mendfs.extents import blocks_in
 from mendfs.kv.memory import MemoryEngine
 from mendfs.kv.optimistic import Writes
 from mendfs.meta import schema
 from mendfs.meta.schema import RANGE_BITS, Kind
-from mendfs.model import SessionId
+from mendfs.model import BlockId, CommitSequence, Inode, Partition, SessionId, Slot
+from mendfs.sim.content import Node
 from mendfs.world.disk import Disk, File
 
 
@@ -24,12 +27,80 @@ class AuditedEngine(MemoryEngine):
         super().__init__(disk, path, file)
         self._granted: dict[bytes, int] = {}
         """Range key -> commit that granted it, of this life."""
+        self._pending: deque[tuple[int, int, Writes]] = deque()
+        """Commits that may not be durable: where in the log they begin and end, and what they wrote."""
+        self.durable: dict[bytes, bytes] = {}
+        """What would be there after a power cut, at least: read off the disk, whatever the engine believes."""
+        self.nodes: Mapping[str, Node] = {}
+        """The files of the disk it is on."""
         self.violation = _nobody
 
     def write(self, writes: Writes, sequence: int) -> None:
         """Look, then write."""
         self._audit(writes, sequence)
+        begin = self._end
         super().write(writes, sequence)
+        self._pending.append((begin, self._end, writes))
+
+    async def sync_log(self) -> None:
+        """Sync, then see what that made durable."""
+        await super().sync_log()
+        self._look_at_disk()
+
+    def _replay(self, file: File) -> None:
+        super()._replay(file)
+        self.durable.update(self._values)
+
+    def _look_at_disk(self) -> None:
+        node = self.nodes.get(self._path)
+        while node is not None and self._pending:
+            begin, end, writes = self._pending[0]
+            if node.durable[begin:end] != node.content[begin:end]:
+                break
+            self._pending.popleft()
+            for key, value in writes.items():
+                if value is None:
+                    self.durable.pop(key, None)
+                else:
+                    self.durable[key] = value
+
+    # --- questions of other audits ---------------------------------------------------------------
+
+    def lives(self, name: tuple[Partition, BlockId]) -> bool:
+        """Whether the metadata names the block now."""
+        raw = self.read(schema.block_key(*name))
+        return raw is not None and not schema.BLOCK.decode(raw).died
+
+    def lives_durably(self, name: tuple[Partition, BlockId]) -> bool:
+        """Whether a power cut of the meta server would leave metadata that names the block."""
+        raw = self.durable.get(schema.block_key(*name))
+        return raw is not None and not schema.BLOCK.decode(raw).died
+
+    def successors(self, name: tuple[Partition, BlockId]) -> list[tuple[Partition, BlockId]]:
+        """The blocks that took a dead block's place, as the durable metadata has it."""
+        raw = self.durable.get(schema.block_key(*name))
+        if raw is None:
+            return []
+        dead = schema.BLOCK.decode(raw)
+        slot = self.durable.get(schema.slot_key(dead.inode, dead.slot))
+        if slot is None:
+            return []
+        found = []
+        for other in sorted(blocks_in(schema.SLOT.decode(slot))):
+            stored = self.durable.get(schema.block_key(*other))
+            if stored is not None and schema.BLOCK.decode(stored).born <= dead.died:
+                found.append(other)
+        return found
+
+    def blocks_of(self, inode: Inode, before: CommitSequence) -> list[tuple[Partition, BlockId]]:
+        """The blocks an inode's slots name now that were committed at or before `before`."""
+        named = set()
+        for _, raw in self.read_range(*schema.slots_of(inode, Slot(0)), 1 << 30, False):
+            named |= blocks_in(schema.SLOT.decode(raw))
+        born = {name: self.read(schema.block_key(*name)) for name in named}
+        return sorted(name for name, raw in born.items() if raw and schema.BLOCK.decode(raw).born <= before)
+
+    # --- each commit -----------------------------------------------------------------------------
 
     def _audit(self, writes: Writes, sequence: int) -> None:
         for key, value in writes.items():

@@ -252,6 +252,11 @@ class ProcessDisk:
         self._disk = disk
         self._process = process
 
+    @property
+    def machine_disk(self) -> SimDisk:
+        """The disk it is a view of."""
+        return self._disk
+
     def open(self, path: str, *, create: bool = False, read_only: bool = False) -> File:
         """Open a file; with `create` it must not exist yet."""
         self._disk.check("open", path)

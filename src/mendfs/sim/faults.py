@@ -123,6 +123,7 @@ class Losses(msgspec.Struct):
     meta_lost: Callable[[], None]
     server_lost: Callable[[str], None]
     server_damaged: Callable[[str], None]
+    server_unreadable: Callable[[str], None]
 
 
 class Breaker:
@@ -283,6 +284,7 @@ class Breaker:
             rules.write_error_chance = chance
         elif fault.kind == "read_errors":
             rules.read_error_chance = chance
+            self._losses.server_unreadable(fault.target)
         else:
             rules.sync_error_chance = 0.5
             # What a failed sync drops is lost to this server as if its power had been cut.
@@ -296,6 +298,7 @@ class Breaker:
         rng = random.Random(fault.draw)
         segments = sorted(path for path, node in disk.nodes.items() if "/segments/" in path and node.content)
         self._losses.server_damaged(fault.target)
+        self._losses.server_unreadable(fault.target)
         for _ in range(rng.choice([1, 3, 30])):
             if segments:
                 path = rng.choice(segments)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mendfs.client.volume import OpenFile, Volume
-from mendfs.model import Inode
+from mendfs.model import CommitSequence, Inode
 from mendfs.sim.driver import Outcome
 from mendfs.sim.loop import Process
 from mendfs.sim.machines import ClientMachine
@@ -192,8 +192,11 @@ class FileSession:
         return not outcome.has_died
 
     async def _fsync(self, opened: OpenFile) -> bool:
+        before = self._newest_change()
         outcome = await self._call("fsync", lambda _: opened.fsync())
         if outcome.is_ok and not self._had_error:
+            if not self._file.has_unsynced_of_others(self._client.name):
+                self._workload.driver.sim.audit.synced(self._client.name, Inode(self._file.inode), before)
             # Whatever happened before: nobody told this descriptor of an error, so all of it is durable now.
             self._commit_written()
             self._file.synced(self._client.name)
@@ -202,6 +205,10 @@ class FileSession:
             self._losses = self._workload.meta_losses
             self._server_losses = self._workload.server_losses
         return self._continues(outcome)
+
+    def _newest_change(self) -> CommitSequence:
+        volume = self._client.volume
+        return volume._durability.newest_change if volume is not None else CommitSequence(0)
 
     def _commit_written(self) -> None:
         for event in self._written:

@@ -16,9 +16,11 @@ from mendfs.meta.volume import format_volume, read_volume
 from mendfs.model import KiB
 from mendfs.model import Volume as Parameters
 from mendfs.sim.audit import AuditedEngine
+from mendfs.sim.cluster_audit import ClusterAudit
 from mendfs.sim.disk import SimDisk
 from mendfs.sim.loop import Process, SimLoop
 from mendfs.sim.network import SimNetwork
+from mendfs.sim.store_audit import StoreAudit
 from mendfs.sim.trace import Trace
 from mendfs.world import World
 
@@ -40,6 +42,11 @@ class Cluster(Protocol):
     secret: bytes
     problems: list[str]
 
+    @property
+    def audit(self) -> ClusterAudit:
+        """Who sees all disks at once."""
+        ...
+
 
 class Machine:
     """A host with a disk; `serve` says what runs there."""
@@ -53,6 +60,8 @@ class Machine:
         """All there ever were: nothing of them may be collected during the run."""
         self.is_wanted = False
         """Whether a supervisor would start it again."""
+        self.violation: Callable[[str], None] = cluster.problems.append
+        """Told of every broken rule that is seen from outside."""
         self._gone_futures: dict[Process, asyncio.Future[None]] = {}
 
     async def serve(self, world: World) -> MendfsError | None:
@@ -127,7 +136,11 @@ class Machine:
         self.cluster.network.power_off(self.name)
         self._gone(silent=True)
         self.disk.lose_power()
+        self.power_lost()
         self.is_wanted = False
+
+    def power_lost(self) -> None:
+        """What was not synced is gone: for whoever keeps count."""
 
     def gone_of(self, process: Process) -> "asyncio.Future[None]":
         """Done when that process is dead."""
@@ -167,14 +180,16 @@ class MetaMachine(Machine):
 
     def __init__(self, cluster: Cluster, parameters: Parameters) -> None:
         super().__init__(cluster, "meta")
-        self.violation: Callable[[str], None] = cluster.problems.append
+        self.engine: AuditedEngine | None = None
+        """That of the newest process."""
         self._parameters = parameters
 
     async def serve(self, world: World) -> MendfsError | None:
         """Run a meta server; its volume is made first."""
         engine = await AuditedEngine.open(world.disk, "/meta/log")
         assert isinstance(engine, AuditedEngine), "open makes one of its own class"
-        engine.violation = self.violation
+        engine.violation, engine.nodes = self.violation, self.disk.nodes
+        self.engine = engine
         if await read_volume(engine) is None:
             await format_volume(engine, self._parameters, world)
         server = self.server = await start_meta(world, engine, MetaOptions(listen=META_ADDRESS), self.cluster.secret)
@@ -191,6 +206,11 @@ class DataMachine(Machine):
     def __init__(self, cluster: Cluster, number: int) -> None:
         super().__init__(cluster, f"data{number}")
         self.number = number
+        self.audit = StoreAudit(self.name, self.disk, self.violation)
+
+    def power_lost(self) -> None:
+        """Told to the audit."""
+        self.audit.power_lost()
 
     async def serve(self, world: World) -> MendfsError | None:
         """Run a data server."""
@@ -198,6 +218,7 @@ class DataMachine(Machine):
         async def open_engine(path: str) -> Engine:
             return await MemoryEngine.open(world.disk, f"{path}/log")
 
+        self.audit.process_ended()
         options = DataOptions(
             dir="/data",
             listen=f"{self.name}:1",
@@ -229,6 +250,7 @@ class ClientMachine(Machine):
         """Open the volume and work."""
         options = VolumeOptions(meta=META_ADDRESS, name=self.name, **self._options)
         volume = await Volume.open(world, options, self.cluster.secret)
+        self.cluster.audit.watch_client(self.name, volume)
         self.volume, self.opened_by = volume, self.process
         await self._work(volume, world)
         return None

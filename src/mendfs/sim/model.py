@@ -172,6 +172,10 @@ class FileState:
         self.since = [event for event in self.since if event.client != client or event in self._unsure]
         self.losses = [(len(self.since), servers) for _, servers in self.losses]
 
+    def has_unsynced_of_others(self, client: Client) -> bool:
+        """Whether somebody else has changed it and nobody made that durable, or nobody knows what has happened."""
+        return bool(self._unsure) or self.is_unsure or any(event.client != client for event in self.since)
+
     def _runs_of(self, client: Client) -> list[tuple[int, int]]:
         """The ranges of bytes that `client` was the last to write."""
         mark = re.escape(self._mark(client))

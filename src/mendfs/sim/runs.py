@@ -73,9 +73,11 @@ class Run:
         rng = random.Random(sim.rng.getrandbits(64))
         plan_rng = random.Random(sim.rng.getrandbits(64))
         self.driver = driver = Driver(sim, CLIENTS)
-        sim.meta.violation = driver.violation
+        sim.report_to(driver.violation)
         workload = self.workload = Workload(driver, rng)
-        self.breaker = Breaker(sim, Losses(workload.meta_lost, self._server_lost, self._server_damaged))
+        self.breaker = Breaker(
+            sim, Losses(workload.meta_lost, self._server_lost, self._server_damaged, self._server_unreadable)
+        )
         workload.may_lose_all = self.profile.is_ruinous
         await workload.begin()
         drawn = draw_plan(
@@ -118,6 +120,10 @@ class Run:
     def _server_damaged(self, server: str) -> None:
         self.damaged.add(server)
         self.workload.server_lost(server, quorum=self._quorum())
+
+    def _server_unreadable(self, server: str) -> None:
+        """It may not find what it has: nothing is expected of it any more."""
+        next(machine for machine in self.sim.data if machine.name == server).audit.is_excused = True
 
     def _quorum(self) -> int:
         """Servers that must lose an unsynced block before it may be nowhere; a damaged one counts for lost."""

@@ -6,7 +6,7 @@ with Simulation(seed=1) as sim:
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,6 +14,7 @@ import msgspec
 from mendfs.client.volume import Volume
 from mendfs.model import KiB
 from mendfs.model import Volume as Parameters
+from mendfs.sim.cluster_audit import ClusterAudit
 from mendfs.sim.loop import SimLoop
 from mendfs.sim.machines import ClientMachine, DataMachine, Machine, MetaMachine
 from mendfs.sim.network import SimNetwork
@@ -69,12 +70,24 @@ class Simulation:
         )
         self.data = [DataMachine(self, number) for number in range(shape_now.servers)]
         self.clients: list[ClientMachine] = []
+        self.audit = ClusterAudit(self.meta, self.data, shape_now.write_quorum)
+        self._auditing = self.audit.watching_stores()
 
     def __enter__(self) -> "Simulation":
+        self._auditing.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._auditing.__exit__(None, None, None)
         self.loop.close()
+
+    def report_to(self, violation: Callable[[str], None]) -> None:
+        """Where every broken rule is told that is seen from outside."""
+        self.audit.violation = violation
+        for machine in self.servers:
+            machine.violation = violation
+        if self.meta.engine is not None:
+            self.meta.engine.violation = violation
 
     @property
     def servers(self) -> list[Machine]:
