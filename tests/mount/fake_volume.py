@@ -359,7 +359,7 @@ class FakeVolume:
             node = self.nodes[directory.names[name]]
             attributes = node.attributes() if with_attributes else None
             entries.append(DirectoryEntry(name, node.inode, stat.S_IFMT(node.mode), attributes))
-        return Listing(tuple(entries), len(names) <= limit, directory.parent, CommitSequence(1))
+        return Listing(tuple(entries), len(names) <= limit, directory.attributes(), directory.parent, CommitSequence(1))
 
     async def get_xattr(self, inode: Inode, name: bytes) -> bytes:
         self.calls.append(("get_xattr", inode))

@@ -88,6 +88,15 @@ async def test_every_change_of_a_client_is_in_what_it_knows_of_a_directory() -> 
         await fresh(root)
 
 
+async def test_a_listing_tells_of_its_directory_which_the_kernel_asks_for_before_it_looks_up_the_names() -> None:
+    async with cluster() as c:
+        volume, root = await c.client(), Inode(1)
+        volume._names.recent.clear()
+        await volume.list_directory(root, b"", 10, False)
+        found = volume.recent_attributes(root, 60)
+        assert found is not None and found[0] == await volume.attributes(root)
+
+
 async def test_a_file_being_written_here_is_known_with_what_was_written_and_changed() -> None:
     """As an assembler writes: it asks for its place after each piece, and each question was a round trip."""
     async with cluster() as c:

@@ -194,8 +194,14 @@ class Names:
                 file.unsynced.clear()
         return file.shown(attributes)
 
-    def shown_listing(self, listing: messages.Listing) -> messages.Listing:
-        """A listing's attributes with this client's unflushed writes."""
+    async def list_directory(self, inode: Inode, after: bytes, limit: int, with_attributes: bool) -> messages.Listing:
+        """The names after `after`; attributes are with this client's unflushed writes."""
+        listing = await self._shared.session.query(
+            messages.ListDirectory(inode, after, limit, with_attributes), messages.Listing
+        )
+        self.recent.note(listing.directory)
+        if not with_attributes:
+            return listing
         entries = tuple(
             entry
             if entry.attributes is None or self._shared.files.find(entry.inode) is None

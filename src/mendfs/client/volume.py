@@ -252,12 +252,7 @@ class Volume:
 
     async def list_directory(self, inode: Inode, after: bytes, limit: int, with_attributes: bool) -> Listing:
         """The names after `after`, in order of their bytes."""
-        listing = await self._shared.session.query(
-            messages.ListDirectory(inode, after, limit, with_attributes), Listing
-        )
-        if not with_attributes:
-            return listing
-        return self._names.shown_listing(listing)
+        return await self._names.list_directory(inode, after, limit, with_attributes)
 
     async def get_xattr(self, inode: Inode, name: bytes) -> bytes:
         """An extended attribute, or ENODATA."""

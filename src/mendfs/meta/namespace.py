@@ -111,7 +111,8 @@ async def list_directory(tx: Transaction, request: messages.ListDirectory) -> me
         attributes = visible(await find(tx, entry.inode)) if request.with_attributes else None
         entries.append(messages.DirectoryEntry(schema.name_in(key), entry.inode, entry.kind, attributes))
     # No `sequence()` here: a listing must not conflict with every commit of the volume.
-    return messages.Listing(tuple(entries), len(found) <= limit, directory.parent, directory.attributes.version)
+    shown = visible(directory)
+    return messages.Listing(tuple(entries), len(found) <= limit, shown, directory.parent, shown.version)
 
 
 async def make(tx: Transaction, request: messages.Make, generation: int) -> Attributes:

@@ -136,10 +136,11 @@ class DirectoryEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Listing(msgspec.Struct, frozen=True, tag="listing", forbid_unknown_fields=True):
-    """`parent` is the inode of `..`."""
+    """`directory` is what the kernel asks for before it goes on to the names; `parent` is the inode of `..`."""
 
     entries: tuple[DirectoryEntry, ...]
     complete: bool
+    directory: Attributes
     parent: Inode
     sequence: CommitSequence
 
