@@ -7,32 +7,33 @@ import stat
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from mendfs.client.paths import resolve
 from mendfs.client.volume import Volume, VolumeOptions
 from mendfs.cluster.folder import read_secret
+from mendfs.fuse.server import MountOptions
 from mendfs.model import ROOT_INODE, Attributes, Inode, KiB
 from mendfs.world import real_world
-from tests.hosts import needs_hosts, rounds
+from tests.hosts import Sent, needs_hosts, rounds
 from tests.mount.conftest import LoopThread
 from tests.mount.test_machines import DATA, DELAY_S, Machines
 
 pytestmark = [needs_hosts, pytest.mark.seed("D6", "D8")]
 
-TRIP_S = 2 * DELAY_S
-TRIES = 8
-"""What goes on in the background is counted too, and a busy machine sends late what could leave together: the try with
-the fewest counts, and the first one that is as good as promised ends it."""
+DELAYS = (1, 1, 1, 2, 2, 4, 4, 8)
+"""Delays of the tries, times DELAY_S: what goes on in the background is counted too, and a busy machine sends late what
+could leave together. The longer a trip takes, the more is certain to have left together."""
+BELIEVED_S = MountOptions().walk_timeout_s
 BLOCK = 16 * KiB
 SEQUENTIAL_TRIPS_MAX = 10
 """For 100 blocks; one after the other they would take 100."""
 SMALL = b"x" * 4096
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
-IN_BACKGROUND = ("get_attributes", "sync_store", "acknowledge_late")
-"""Asked for the root of the mount on a slow machine, synced after some seconds, told afterwards."""
+IN_BACKGROUND = ("sync_store", "acknowledge_late")
+"""Synced after some seconds, told afterwards."""
 CLONE_NEWNET = 0x40000000
 FILE = stat.S_IFREG | 0o644
 DIRECTORY = stat.S_IFDIR | 0o755
@@ -48,13 +49,33 @@ class Trips:
         self.writer = writer
         """Another client, of whose files neither the mount nor `volume` knows anything."""
         self.mnt = str(machines.mnt)
+        self.delay_s = DELAY_S
+        """Of every packet, in each direction."""
+
+    @property
+    def trip_s(self) -> float:
+        """What waiting for an answer takes at least."""
+        return 2 * self.delay_s
+
+    def delay(self, times: int | None = None) -> None:
+        """From now on packets take their time, as they do but where something is prepared: so many times DELAY_S."""
+        if times is not None:
+            self.delay_s = times * DELAY_S
+        self.machines.delay(self.delay_s)
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.thread.run(work)
 
 
+@pytest.fixture
+def trips(everything: Trips) -> Trips:
+    """For one test."""
+    everything.delay(1)
+    return everything
+
+
 @pytest.fixture(scope="module")
-def trips(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trips]:
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trips]:
     machines = Machines(tmp_path_factory.mktemp("trips"))
     thread = LoopThread()
     try:
@@ -170,7 +191,7 @@ def _file(size: int = len(SMALL), *, written_by: str = "nobody here") -> Prepare
         else:
             trips.machines.delay(0)
             trips.run(_make(trips, name, data, volume=trips.writer))
-            trips.machines.delay(DELAY_S)
+            trips.delay()
         found: Attributes = trips.run(trips.volume.lookup(ROOT_INODE, name.encode()))
         return found.inode
 
@@ -196,7 +217,7 @@ def _directory(count: int) -> Prepare:
                 await trips.volume.make(made.inode, b"%04d" % number, FILE, uid=0, gid=0)
 
         trips.run(fill())
-        trips.machines.delay(DELAY_S)
+        trips.delay()
         return made.inode
 
     return prepare
@@ -207,7 +228,7 @@ def _prepare_twice(trips: Trips, name: str) -> None:
     trips.machines.delay(0)
     for target in (f"{name}-target", f"{name}-library-target"):
         _write(_path(trips, target), os.O_CREAT | os.O_WRONLY, SMALL, sync=True)
-    trips.machines.delay(DELAY_S)
+    trips.delay()
     _file(written_by="us")(trips, name)
 
 
@@ -337,31 +358,64 @@ def test_the_table_has_every_row_that_is_counted_and_no_other() -> None:
     assert list(_promised()) == list(ROWS)
 
 
-def _fastest(trips: Trips, promised: int, label: str, prepare: Prepare, act: Operation, *, warm: bool) -> int:
-    least = 1 << 30
-    for number in range(TRIES):
-        name = f"{label.replace(' ', '-').replace(',', '')}-{number}"
-        prepared = prepare(trips, name)
+class Try(NamedTuple):
+    """One try of an operation."""
+
+    counted: int
+    sent: list[Sent]
+    began_s: float
+
+    def __str__(self) -> str:
+        """What was sent, with the milliseconds since the operation began."""
+        names = (f"{each.name} +{1000 * (each.at_s - self.began_s):.0f}" for each in self.sent)
+        return f"{self.counted} trips: {', '.join(names)}"
+
+
+def _try(trips: Trips, name: str, prepare: Prepare, act: Operation, *, warm: bool) -> Try:
+    prepared = prepare(trips, name)
+    with trips.machines.trace("client") as sent:
         if warm:
-            os.stat(trips.mnt)  # the attributes of the root, which are believed for 20 ms
-        with trips.machines.trace("client") as sent:
-            began_s = time.perf_counter()
-            act(trips, name, prepared)
-            took_s = time.perf_counter() - began_s
-        counted = rounds(sent, TRIP_S)
-        least = min(least, counted)
-        if least <= promised:
-            assert took_s >= counted * TRIP_S, "nobody waited for an answer"
+            os.stat(trips.mnt)  # the attributes of the root
+        began_s = time.monotonic()
+        act(trips, name, prepared)
+        took_s = time.monotonic() - began_s
+    counted = rounds(_without_excused(sent, trips.trip_s, began_s) if warm else sent, trips.trip_s)
+    assert took_s >= counted * trips.trip_s, "nobody waited for an answer"
+    return Try(counted, sent, began_s)
+
+
+def _without_excused(sent: list[Sent], trip_s: float, began_s: float) -> list[Sent]:
+    """What an operation sent that began then, without the questions that only a slow machine asks.
+
+    Attributes of a directory are believed for 20 ms after they came. Where nothing can have come for longer, the kernel
+    was too slow to use them. If somebody asks for them again sooner, that is a trip as any other.
+    """
+    found, came_s = [], float("-inf")
+    for each in sent:
+        is_late = each.name == "get_attributes" and each.at_s - came_s >= BELIEVED_S
+        if each.at_s >= began_s and not is_late:
+            found.append(each)
+        came_s = max(came_s, each.at_s + trip_s)
+    return found
+
+
+def _tries(trips: Trips, promised: int, label: str, prepare: Prepare, act: Operation, *, warm: bool) -> list[Try]:
+    """Up to the first that is as promised. Fewer trips than that may be luck: what is to be saved was saved already."""
+    made: list[Try] = []
+    for number, times in enumerate(DELAYS):
+        trips.delay(times)
+        made.append(_try(trips, f"{label.replace(' ', '-').replace(',', '')}-{number}", prepare, act, warm=warm))
+        if made[-1].counted == promised:
             break
-    return least
+    return made
 
 
 @pytest.mark.parametrize("operation", ROWS)
 def test_round_trips_are_as_promised(trips: Trips, operation: str) -> None:
     row, (mounted, library) = ROWS[operation], _promised()[operation]
-    counted: list[int | None] = [None]
     if row.mounted is not None and mounted is not None:
-        counted = [_fastest(trips, mounted, f"m {operation}", row.prepare, row.mounted, warm=True)]
+        tries = _tries(trips, mounted, f"m {operation}", row.prepare, row.mounted, warm=True)
+        assert tries[-1].counted == mounted, "through the mount\n" + "\n".join(map(str, tries))
 
     def act(trips: Trips, name: str, prepared: Any) -> None:
         trips.run(row.library(trips, name, prepared))
@@ -372,14 +426,15 @@ def test_round_trips_are_as_promised(trips: Trips, operation: str) -> None:
         def prepare(trips: Trips, name: str) -> Any:
             return row.prepare(trips, f"{name}-to")
 
-    counted.append(_fastest(trips, library, f"l {operation}", prepare, act, warm=False))
-    assert counted == [mounted, library]
+    tries = _tries(trips, library, f"l {operation}", prepare, act, warm=False)
+    assert tries[-1].counted == library, "by the library\n" + "\n".join(map(str, tries))
 
 
 def test_a_cold_sequential_read_has_many_blocks_under_way(trips: Trips) -> None:
     """In small pieces, through the mount: reading ahead overlaps the blocks and the questions where they are."""
     size, least, asked = 100 * BLOCK, 1 << 30, [""]
-    for number in range(TRIES):
+    for number, times in enumerate(DELAYS):
+        trips.delay(times)
         _file(size)(trips, f"sequential-{number}")
         with (
             trips.machines.trace("client") as sent,
@@ -387,7 +442,7 @@ def test_a_cold_sequential_read_has_many_blocks_under_way(trips: Trips) -> None:
         ):
             assert sum(map(len, iter(lambda: file.read(64 * KiB), b""))) == size
         asked = [each.name for each in sent]
-        least = min(least, rounds(sent, TRIP_S))
+        least = min(least, rounds(sent, trips.trip_s))
         if least <= SEQUENTIAL_TRIPS_MAX:
             break
     assert least <= SEQUENTIAL_TRIPS_MAX, asked
@@ -395,11 +450,13 @@ def test_a_cold_sequential_read_has_many_blocks_under_way(trips: Trips) -> None:
 
 
 def test_what_is_sent_for_a_new_file_is_what_is_needed(trips: Trips) -> None:
-    os.stat(trips.mnt)
     with trips.machines.trace("client") as sent:
+        os.stat(trips.mnt)
+        began_s = time.monotonic()
         _write(f"{trips.mnt}/sent", NEW, SMALL)
     needed = ["lookup", "make", *["put_block"] * 3, "commit"]
-    assert [each.name for each in sent if each.name not in IN_BACKGROUND] == needed
+    found = [each.name for each in _without_excused(sent, trips.trip_s, began_s)]
+    assert [name for name in found if name not in IN_BACKGROUND] == needed
 
 
 def test_a_thousand_names_come_in_one_answer(trips: Trips) -> None:
@@ -412,18 +469,30 @@ def test_a_thousand_names_come_in_one_answer(trips: Trips) -> None:
 
 def test_the_benchmark_measures_these_trips(trips: Trips) -> None:
     """What `mendfs bench latency` shows on a host that is far away is what the table says, in milliseconds."""
+    for times in (1, 5):  # on a busy machine work takes longer than trips, unless these are long
+        trips.delay(times)
+        share = _measured_shares(trips)
+        assert min(share.values()) >= 1, "nobody waited for an answer"
+        if max(share.values()) < 3:
+            break
+    assert max(share.values()) < 3, share
+
+
+def _measured_shares(trips: Trips) -> dict[str, float]:
+    """The medians that are shown, each divided by what its trips take."""
     named = trips.machines.named
     found = json.loads(trips.machines.must("other", "bench", "latency", *named, "--count", 7, "--json"))["latency"]
+    medians_ms = {each["operation"]: each["median_ms"] for each in found}
     promised = _promised()
-    for shown, counted in (
-        ("mkdir", "mkdir"),
-        ("create, write 4KiB, close", "create, write 4 KiB, close"),
-        ("the same with fsync", "create, write 4 KiB, fsync, close"),
-        ("stat", "stat"),
-        ("open, read 4KiB, close", "open and read 4 KiB, cold"),
-        ("rename", "rename after a write, to a new name"),
-        ("unlink", "unlink"),
-    ):
-        median_ms = next(each["median_ms"] for each in found if each["operation"] == shown)
-        least_ms = 1000 * TRIP_S * promised[counted][1]
-        assert least_ms <= median_ms < 3 * least_ms, (shown, median_ms)
+    return {
+        shown: medians_ms[shown] / (1000 * trips.trip_s * promised[counted][1])
+        for shown, counted in (
+            ("mkdir", "mkdir"),
+            ("create, write 4KiB, close", "create, write 4 KiB, close"),
+            ("the same with fsync", "create, write 4 KiB, fsync, close"),
+            ("stat", "stat"),
+            ("open, read 4KiB, close", "open and read 4 KiB, cold"),
+            ("rename", "rename after a write, to a new name"),
+            ("unlink", "unlink"),
+        )
+    }
