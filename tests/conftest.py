@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import signal
 import subprocess
 from typing import Any
 
@@ -14,6 +15,12 @@ __all__ = ["cluster"]
 # Some tests serve a mount from a thread of this very process. A vfork holds the interpreter's lock until the child has
 # replaced itself; a child that touches the mount before (to close a file of it, or to enter it) would wait for ever.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # the documented switch (subprocess, "vfork")
+
+
+# Whoever runs the tests in the background of a shell has SIGINT ignored, and every program inherits that: then Ctrl-C,
+# which some tests press, would end nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
