@@ -101,16 +101,6 @@ class ClusterFolder:
                 f"or choose another folder with --dir"
             ) from error
 
-    def is_locked(self) -> bool:
-        """Whether a supervisor lives."""
-        if not self._disk.exists(self.inside("lock")):
-            return False
-        try:
-            self._disk.lock(self.inside("lock")).close()
-        except BlockingIOError:
-            return True
-        return False
-
     def read(self) -> ClusterRecord | None:
         """What `up` wrote down; None if it never ran here."""
         try:

@@ -323,12 +323,6 @@ def opens_of(inode: Inode) -> tuple[bytes, bytes]:
     return prefix, after(prefix)
 
 
-def owed_to(server: ServerNumber) -> tuple[bytes, bytes]:
-    """The range of what one server lacks."""
-    prefix = _PARTITION.pack(Kind.OWED, server)
-    return prefix, after(prefix)
-
-
 def owed_in(key: bytes) -> tuple[ServerNumber, Partition, BlockId]:
     """What an OWED key says."""
     _, server, partition, block = _OWED.unpack(key)
