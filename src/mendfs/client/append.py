@@ -9,6 +9,7 @@ import asyncio
 
 from mendfs.client.commits import FOREVER_S, extents_of
 from mendfs.client.durability import Durability
+from mendfs.client.exclusive import Caller, exclusively
 from mendfs.client.files import File, Generation, Upload
 from mendfs.client.shared import Shared
 from mendfs.client.slot_buffer import SlotBuffer
@@ -39,21 +40,21 @@ class Appender:
         file.tell_writer()
         # On a copy and to the end, even if the caller gives up: a commit that was sent may be made, and must find its
         # blocks in place; and an append torn between two pieces is none.
-        work = self._append(file, memoryview(bytes(data)))
-        await asyncio.shield(self._shared.tasks.spawn(work, is_awaited=True))
+        copy = memoryview(bytes(data))
+        await exclusively(self._shared, file, lambda caller: self._append(file, copy, caller))
 
-    async def _append(self, file: File, data: memoryview) -> None:
-        async with file.lock:
-            await self._writer.drain_locked(file)
-            file.tell_writer()
-            position = 0
-            length_max = min(APPEND_BYTES_MAX, BLOCKS_MAX * self._shared.volume.block_size)
-            while position < len(data):
-                part = data[position : position + length_max]
-                await self._append_piece(file, part)
-                position += len(part)
+    async def _append(self, file: File, data: memoryview, caller: Caller[None]) -> None:
+        await self._writer.drain_locked(file)
+        caller.check()
+        file.tell_writer()
+        position = 0
+        length_max = min(APPEND_BYTES_MAX, BLOCKS_MAX * self._shared.volume.block_size)
+        while position < len(data) and not caller.is_refused:
+            part = data[position : position + length_max]
+            await self._append_piece(file, part, caller)
+            position += len(part)
 
-    async def _append_piece(self, file: File, data: memoryview) -> None:
+    async def _append_piece(self, file: File, data: memoryview, caller: Caller[None]) -> None:
         timeout_s = self._shared.options.write_timeout_s
         deadline_s = FOREVER_S if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         if file.attributes is None:
@@ -65,13 +66,15 @@ class Appender:
         while True:
             generations = self._split(data, size)
             try:
-                answer = await self._store_and_commit(file, generations, size, len(data), deadline_s)
+                answer = await self._store_and_commit(file, generations, size, len(data), deadline_s, caller)
                 break
             except AppendMoved as moved:
+                if caller.is_refused:
+                    raise
                 size = moved.size
             except CommitRefused:
                 refused += 1
-                if refused >= REFUSED_MAX:
+                if refused >= REFUSED_MAX or caller.is_refused:
                     raise
                 await self._shared.session.refresh_table()
             if asyncio.get_running_loop().time() >= deadline_s:
@@ -94,7 +97,13 @@ class Appender:
         return generations
 
     async def _store_and_commit(
-        self, file: File, generations: list[Generation], size: int, length: int, deadline_s: float
+        self,
+        file: File,
+        generations: list[Generation],
+        size: int,
+        length: int,
+        deadline_s: float,
+        caller: Caller[None],
     ) -> Committed:
         uploads: list[Upload] = []
         is_done = False
@@ -109,17 +118,16 @@ class Appender:
             async with asyncio.TaskGroup() as group:
                 for upload in uploads:
                     group.create_task(self._uploader.store(upload))
-            answer = await self._shared.session.change(
-                lambda at: self._message(at, file, generations, size, length),
-                Committed,
-                timeout_s=deadline_s - asyncio.get_running_loop().time(),
+            answer = await caller.certain(
+                self._shared.session.change(
+                    lambda at: self._message(at, file, generations, size, length),
+                    Committed,
+                    timeout_s=deadline_s - asyncio.get_running_loop().time(),
+                )
             )
             is_done = True
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
-        except DeadlineExceeded:
-            is_done = True  # the commit may yet be made: its ids stay in flight until the session ends
-            raise
         finally:
             if not is_done:
                 for upload in uploads:

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from mendfs.client.durability import Durability
-from mendfs.client.files import File, Generation
+from mendfs.client.files import File, Generation, Upload
+from mendfs.client.session import Uncertain
 from mendfs.client.shared import Shared
 from mendfs.client.uploader import Uploader
 from mendfs.errors import CommitRefused, DeadlineExceeded, MendfsError, TooBig
@@ -97,6 +98,10 @@ class Committer:
             await self._again(file, batch, error)
         except TooBig as error:
             await self._in_smaller_steps(file, batch, error)
+        except Uncertain as error:
+            for generation in batch:
+                self.lost(file, generation, error)
+            await self._settle(file, batch, error.fate)
         except MendfsError as error:
             for generation in batch:
                 self.lost(file, generation, error)
@@ -104,6 +109,32 @@ class Committer:
             if is_synced:
                 self._shared.session.log_synced(answer.sequence)
             self._committed(file, batch, answer)
+
+    async def _settle(self, file: File, batch: list[Generation], fate: "asyncio.Future[object]") -> None:
+        """A commit whose loss was told may yet be made: until that is known no later one may pass it."""
+        timeout_s = self._shared.options.write_timeout_s
+        while not fate.done():
+            waiting = list(file.ready)
+            await asyncio.wait([fate], timeout=timeout_s)
+            if not fate.done():
+                # Who came after it has a deadline too.
+                late = DeadlineExceeded("an earlier commit of the file is not answered yet")
+                for generation in waiting:
+                    if generation in file.ready:
+                        file.ready.remove(generation)
+                        self.lost(file, generation, late)
+        uploads = [each.upload for each in batch if each.upload is not None]
+        if fate.cancelled() or fate.exception() is not None:
+            for upload in uploads:
+                self._uploader.given_up(upload)
+            return
+        answer = fate.result()
+        assert isinstance(answer, Committed), "the session has checked it"
+        log.warning("a commit was made after its time was up", inode=file.inode, blocks=len(uploads))
+        file.learn_committed(answer)
+        self._note_unsynced(file, uploads, answer)
+        for upload in uploads:
+            self._uploader.committed(upload)
 
     async def _in_smaller_steps(self, file: File, batch: list[Generation], error: TooBig) -> None:
         """One slot at a time; a slot that is too crowded for its commit is merged first."""
@@ -142,15 +173,19 @@ class Committer:
 
     def _committed(self, file: File, batch: list[Generation], answer: Committed) -> None:
         file.learn_committed(answer)
-        kept = {each.slot: {(extent.partition, extent.block) for extent in each.extents} for each in answer.slots}
+        self._note_unsynced(file, [each.upload for each in batch if each.upload is not None], answer)
         for generation in batch:
             upload = generation.upload
             assert upload is not None, "only uploaded generations are committed"
-            if upload.name in kept.get(upload.slot, ()):
-                self._durability.committed(file, upload)
             self._end(file, generation)
             self._uploader.committed(upload)
             self.on_ended(file, generation)
+
+    def _note_unsynced(self, file: File, uploads: list[Upload], answer: Committed) -> None:
+        kept = {each.slot: {(extent.partition, extent.block) for extent in each.extents} for each in answer.slots}
+        for upload in uploads:
+            if upload.name in kept.get(upload.slot, ()):
+                self._durability.committed(file, upload)
 
     async def _again(self, file: File, batch: list[Generation], error: CommitRefused) -> None:
         log.warning("commit refused, uploading again", inode=file.inode, blocks=len(batch), reason=str(error))
@@ -178,8 +213,8 @@ class Committer:
             file.errors.append(error)
         self._end(file, generation)
         upload = generation.upload
-        if upload is not None and upload.named is not None and isinstance(error, DeadlineExceeded):
-            log.warning("the commit may yet be made; its block ids stay in flight", inode=file.inode)
+        if upload is not None and isinstance(error, Uncertain):
+            log.warning("the commit may yet be made; its block ids are in flight until that is known", inode=file.inode)
         elif upload is not None:
             self._uploader.given_up(upload)
         elif generation.task is None or generation.task.done():
@@ -227,10 +262,19 @@ def extents_of(generation: Generation) -> tuple[Extent, ...]:
     )
 
 
-async def drained(file: File) -> None:
-    """Until every frozen generation is committed or lost."""
+async def drained(file: File, timeout_s: float | None) -> None:
+    """Until every frozen generation is committed or lost, and nothing of them can be made any more.
+
+    Raises DeadlineExceeded if a commit whose loss was told is not settled within `timeout_s` after that.
+    """
     while file.frozen:
         await file.changes.wait(None)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while file.is_committing:
+                await file.changes.wait(None)
+    except TimeoutError:
+        raise DeadlineExceeded(f"an earlier commit of inode {file.inode} is not answered yet") from None
 
 
 async def until_done(generations: list[Generation]) -> None:

@@ -7,7 +7,8 @@ along, as long as nobody else's change lies between.
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
 from itertools import islice
 from typing import Protocol
 
@@ -16,7 +17,7 @@ import structlog
 
 from mendfs.client.slot_buffer import SlotBuffer
 from mendfs.client.tasks import Changes
-from mendfs.errors import MendfsError
+from mendfs.errors import DeadlineExceeded, MendfsError
 from mendfs.model import (
     Attributes,
     BlockId,
@@ -153,9 +154,10 @@ class File:
         self.ready: deque[Generation] = deque()
         """Uploaded, to be committed."""
         self.is_committing = False
+        """A commit is under way, or one whose time was up may yet be made: no other one may overtake it."""
         self.changes = Changes()
         self.lock = asyncio.Lock()
-        """Held by whatever must not meet a commit of older data: truncation and appends."""
+        """Held by whatever must not meet a commit of older data: truncation and appends. See `locked`."""
         self.is_being_cut = False
         """A truncation is under way: not even what has waited for a merge sets out."""
         self._writes_told = 0
@@ -184,6 +186,26 @@ class File:
     def size(self) -> int:
         """The file's size, this client's unflushed writes included."""
         return max(self.attributes.size if self.attributes else 0, self.dirty_end)
+
+    async def take_lock(self, timeout_s: float | None) -> None:
+        """Raises DeadlineExceeded if whoever has the lock does not give it back in time; None: for ever."""
+        if timeout_s is None or not self.lock.locked():
+            await self.lock.acquire()
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.lock.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded(f"an earlier change of inode {self.inode} is not over in time") from None
+
+    @asynccontextmanager
+    async def locked(self, timeout_s: float | None) -> AsyncIterator[None]:
+        """Hold the lock. Raises as `take_lock`."""
+        await self.take_lock(timeout_s)
+        try:
+            yield
+        finally:
+            self.lock.release()
 
     def take_error(self) -> None:
         """Raise the oldest error of an upload or commit that nobody was told of, if there is one."""

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from mendfs.client.durability import Durability
+from mendfs.client.exclusive import Caller, exclusively
 from mendfs.client.files import File
 from mendfs.client.opens import Opens
 from mendfs.client.recent import Recent
@@ -161,15 +162,13 @@ class Names:
         """Change what is not None."""
         now_ns = self._now_ns()
 
-        async def send() -> Attributes:
-            found = await self._shared.session.change(
+        async def send() -> messages.Found:
+            return await self._shared.session.change(
                 lambda at: messages.SetAttributes(
                     at, inode, now_ns, mode, uid, gid, size, atime_ns, mtime_ns, clear_set_id
                 ),
                 messages.Found,
             )
-            self.recent.note(found.attributes)
-            return found.attributes
 
         file = self._shared.files.find(inode)
         others = (mode, uid, gid, atime_ns, mtime_ns)
@@ -177,21 +176,30 @@ class Names:
             # A commit sets mtime and ctime: it must not come after these.
             await self._writer.drain(file)
         if size is None:
-            return self._shared.files.shown(await send())
-        return await self._truncate(self._shared.files.get(inode), size, send)
+            return self._changed(await send())
+        file = self._shared.files.get(inode)
+        length = size
 
-    async def _truncate(self, file: File, size: int, send: Callable[[], Awaitable[Attributes]]) -> Attributes:
-        async with file.lock:
-            # No commit of older data may pass the truncation: with the lock held nothing new sets out.
-            await self._writer.wait_for_commits(file)
-            had_data = file.size > 0
-            with self._writer.cutting(file):
-                attributes = await send()
-                self._writer.clip(file, size)
-            file.learn(attributes)
-            if size == 0 and had_data:
-                file.was_emptied = True
-                file.unsynced.clear()
+        async def truncate(caller: Caller[Attributes]) -> Attributes:
+            return await self._truncate(file, length, caller, send)
+
+        return await exclusively(self._shared, file, truncate)
+
+    async def _truncate(
+        self, file: File, size: int, caller: Caller[Attributes], send: Callable[[], Awaitable[messages.Found]]
+    ) -> Attributes:
+        """With the file's lock held."""
+        # No commit of older data may pass the truncation: with the lock held nothing new sets out.
+        await self._writer.wait_for_commits(file)
+        caller.check()
+        had_data = file.size > 0
+        with self._writer.cutting(file):
+            attributes = (await caller.certain(send())).attributes
+            self._writer.clip(file, size)
+        file.learn(attributes)
+        if size == 0 and had_data:
+            file.was_emptied = True
+            file.unsynced.clear()
         return file.shown(attributes)
 
     async def list_directory(self, inode: Inode, after: bytes, limit: int, with_attributes: bool) -> messages.Listing:

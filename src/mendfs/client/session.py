@@ -46,6 +46,20 @@ HANDSHAKE_TIMEOUT_S = 5.0
 Answer = TypeVar("Answer")
 
 
+class Uncertain(DeadlineExceeded):
+    """The time is up, and the change may yet be made: it is repeated until it was answered.
+
+    `fate` is done when that is known: with the answer, or with the error that says that the change was not made, or
+    that nobody will ever know (SessionLost).
+    """
+
+    code = "uncertain"
+
+    def __init__(self, text: str, fate: "asyncio.Future[object]") -> None:
+        super().__init__(text)
+        self.fate = fate
+
+
 class SessionOwner(Protocol):
     """What a session asks and tells the volume it serves."""
 
@@ -169,12 +183,16 @@ class Session:
             except (DeadlineExceeded, EngineUnreadable):
                 raise
             except (Unreachable, NotReady, EngineFailed) as error:
-                await self._pause(peer, error)
+                await self._pause(peer, error, deadline_s)
 
     async def change(
         self, build: Callable[[RequestId], Message], answer: type[Answer], *, timeout_s: float | None = None
     ) -> Answer:
-        """Make a change once, however often it has to be sent. Raises SessionLost if it is uncertain for ever."""
+        """Make a change once, however often it has to be sent. Raises SessionLost if it is uncertain for ever.
+
+        When the time is up it raises Uncertain for what was sent, else DeadlineExceeded. What was sent goes on in the
+        background after that, and after a cancellation.
+        """
         deadline_s = self._now() + (self._options.meta_timeout_s if timeout_s is None else timeout_s)
         slot = await self._take_slot(deadline_s)
         self._numbers[slot] += 1
@@ -182,14 +200,22 @@ class Session:
         progress = _Progress()
         try:
             result = await self._send(message, deadline_s, progress)
-        except (asyncio.CancelledError, DeadlineExceeded):
+        except (asyncio.CancelledError, DeadlineExceeded) as error:
+            if progress.sent_in_life is None:
+                self._release_slot(slot)
+                raise
             # The number is used: the next one in this slot must wait until the server has answered this one.
-            self._tasks.spawn(self._settle(slot, message, progress))
+            fate = self._tasks.spawn(self._settle(slot, message, progress, answer), is_awaited=True)
+            if isinstance(error, DeadlineExceeded):
+                raise Uncertain(str(error), fate) from error
             raise
         except BaseException:
             self._release_slot(slot)
             raise
         self._release_slot(slot)
+        return self._made(result, answer)
+
+    def _made(self, result: object, answer: type[Answer]) -> Answer:
         sequence: CommitSequence = getattr(result, "sequence", CommitSequence(0))
         self.sequence_changed = max(self.sequence_changed, sequence)
         return self._checked(result, answer)
@@ -225,15 +251,15 @@ class Session:
             except (DeadlineExceeded, EngineUnreadable):
                 raise
             except (Unreachable, NotReady, EngineFailed) as error:
-                await self._pause(peer, error)
+                await self._pause(peer, error, deadline_s)
 
-    async def _settle(self, slot: int, message: Message, progress: "_Progress") -> None:
-        """Go on with a change that its caller gave up, so that its slot can be used again."""
+    async def _settle(self, slot: int, message: Message, progress: "_Progress", answer: type[Answer]) -> Answer:
+        """Go on with a change that its caller gave up, so that its slot can be used again and its fate is known."""
         try:
-            if progress.sent_in_life is not None:
-                await self._send(message, float("inf"), progress)
+            return self._made(await self._send(message, float("inf"), progress), answer)
         except MendfsError as error:
             log.info("a change whose caller had given up failed", reason=str(error))
+            raise
         finally:
             self._release_slot(slot)
 
@@ -261,7 +287,9 @@ class Session:
             await self._connected.wait(min(left_s, BACKOFF_MAX_S))
         return self._peer
 
-    async def _pause(self, peer: Peer, error: MendfsError) -> None:
+    async def _pause(self, peer: Peer, error: MendfsError, deadline_s: float) -> None:
+        if self._now() >= deadline_s:
+            raise DeadlineExceeded(f"{self._options.meta}: {error}")
         if isinstance(error, EngineFailed):
             # The server says that it stops: the same request is asked of the one that follows it.
             self._trouble = error

@@ -8,6 +8,7 @@ import errno
 import stat
 from collections.abc import Iterator
 
+from mendfs.client.exclusive import Caller, exclusively
 from mendfs.client.files import File
 from mendfs.client.reader import Reader
 from mendfs.client.shared import Shared
@@ -70,28 +71,35 @@ class Space:
         """The file is at least this long: by a commit that brings nothing, for sizes only grow in those. Setting the
         size could cut off what another client has written meanwhile."""
         now_ns = self._shared.world.now_ns()
-        async with file.lock:
+
+        async def grow(caller: Caller[None]) -> None:
             await self._writer.wait_for_commits(file)
-            answer = await self._shared.session.change(
-                lambda at: Commit(at, file.inode, (), (), size, now_ns), Committed
-            )
-            file.learn_committed(answer)
+            caller.check()
+            change = self._shared.session.change(lambda at: Commit(at, file.inode, (), (), size, now_ns), Committed)
+            file.learn_committed(await caller.certain(change))
+
+        await exclusively(self._shared, file, grow)
 
     async def _punch(self, file: File, begin: int, end: int) -> None:
         """Bytes [begin, end) are zeros and take no room; those past the end of the file stay unwritten."""
         now_ns = self._shared.world.now_ns()
-        async with file.lock:
+
+        async def punch(caller: Caller[None]) -> None:
             # What was written before must not be committed over the hole; what comes after waits for the lock.
             await self._writer.drain_locked(file)
+            caller.check()
             file.take_error()
-            while begin < end:
+            at = begin
+            while at < end and not caller.is_gone:
 
-                def build(at: RequestId, begin: int = begin) -> Punch:
-                    return Punch(at, file.inode, begin, end, now_ns)
+                def build(request: RequestId, at: int = at) -> Punch:
+                    return Punch(request, file.inode, at, end, now_ns)
 
-                answer = await self._shared.session.change(build, Punched)
+                answer = await caller.certain(self._shared.session.change(build, Punched))
                 file.learn(answer.attributes)
-                begin = answer.next
+                at = answer.next
+
+        await exclusively(self._shared, file, punch)
 
     async def seek(self, file: File, offset: int, whence: int) -> int:
         """The first byte from `offset` on that holds data, or is in a hole; the end of the file is one.

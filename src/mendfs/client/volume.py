@@ -293,7 +293,7 @@ class Volume:
             )
         try:
             file, keep_cache = await self._opens.open(inode)
-        except BaseException:
+        except MendfsError:
             if truncating is not None:
                 await asyncio.wait([truncating])
             raise

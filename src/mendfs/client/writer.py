@@ -70,7 +70,7 @@ class Writer:
             if self.try_write(file, part, offset + position):
                 position += len(part)
             elif file.lock.locked():
-                async with file.lock:
+                async with file.locked(self._shared.options.write_timeout_s):
                     pass
             elif self._is_blocked(file, offset + position, len(part)):
                 await file.changes.wait(None)
@@ -222,13 +222,14 @@ class Writer:
         """
         if not file.is_dirty and not file.lock.locked():
             return
-        async with file.lock:
+        async with file.locked(self._shared.options.write_timeout_s):
             waiting = self.freeze_all(file, synced=synced, logged=logged)
         await until_done(waiting)
 
     async def drain_locked(self, file: File) -> None:
-        """The same for a caller that holds the file's lock."""
+        """The same for a caller that holds the file's lock; nothing that was lost can be committed after it either."""
         await until_done(self.freeze_all(file))
+        await self.wait_for_commits(file)
 
     async def flush(self, file: File, *, synced: bool = False) -> None:
         """As `drain`, and raise an error of the file that was not told yet."""
@@ -264,7 +265,7 @@ class Writer:
 
         But for what is held back for a merge: see `cutting`.
         """
-        await drained(file)
+        await drained(file, self._shared.options.write_timeout_s)
 
     @contextmanager
     def cutting(self, file: File) -> Iterator[None]:
