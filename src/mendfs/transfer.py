@@ -157,7 +157,8 @@ class _Fetch:
         """Good pages that lie in `into` already."""
         self.beside: list[_Attempt] = []
         """Ended attempts whose good pages lie in buffers of their own."""
-        self.running: set[_Attempt] = set()
+        # In the order of their beginning: they are looked at in it, and that of a set is another one in each run.
+        self.running: dict[_Attempt, None] = {}
         self.left = deque(range(len(candidates)))
         self.without_checksums: list[int] = []
         """Replicas whose checksums were bad: with those of another one their pages may yet turn out good."""
@@ -169,7 +170,7 @@ class _Fetch:
     def adopt(self, first: _Attempt) -> None:
         """The attempt that was begun before there was anything to keep account of."""
         self.left.popleft()
-        self.running.add(first)
+        self.running[first] = None
 
     def begin(self) -> _Attempt:
         """The attempt to make next: one range that holds all missing pages."""
@@ -184,7 +185,7 @@ class _Fetch:
         else:
             base = self.first_page * self.page_size
             attempt = _Attempt(index, first, end, self.into[start - base : stop - base], None, self.checksums)
-        self.running.add(attempt)
+        self.running[attempt] = None
         return attempt
 
     async def run(self, attempt: _Attempt) -> None:
@@ -208,7 +209,7 @@ class _Fetch:
 
     def end(self, attempt: _Attempt) -> None:
         """Take what an ended attempt gave."""
-        self.running.discard(attempt)
+        self.running.pop(attempt, None)
         if isinstance(attempt.error, PagesCorrupt):
             self.checksums = attempt.error.checksums
             attempt.good = attempt.asked.difference(attempt.error.pages)

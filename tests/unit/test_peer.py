@@ -200,6 +200,16 @@ async def test_a_wrong_secret_is_told_from_an_address_that_does_not_answer(addre
         await connect(network, where, CREDENTIALS, role="client", handler=say_done)
 
 
+async def test_a_server_ends_its_connections_in_the_order_of_their_coming(address: str) -> None:
+    """In that of their addresses in memory, the same seed of a simulation gave another run now and then."""
+    network, opened = TcpNetwork(), list[Peer]()
+    server = await serve(network, address, CREDENTIALS, role="meta", handler=say_done, on_opened=opened.append)
+    peers = [await connect(network, server.address, CREDENTIALS, role="client", handler=say_done) for _ in range(8)]
+    assert list(server.peers) == opened
+    assert len(opened) == len(peers)
+    await server.close()
+
+
 async def test_another_volume_is_refused_and_none_accepts_any(address: str) -> None:
     network = TcpNetwork()
     ours = Credentials(CREDENTIALS.secret, "aa")
@@ -326,7 +336,7 @@ async def test_when_a_connection_ends_everybody_is_told(address: str) -> None:
         assert [type(result) for result in results] == [Unreachable] * 3
         assert server.address in str(results[0])
         await until(lambda: len(stopped) == 3 and len(closed) == 2)
-        assert peer.is_closed and peer.closed.is_set() and server.peers == set()
+        assert peer.is_closed and peer.closed.is_set() and not server.peers
         assert set(closed) == {peer, remote}
         with pytest.raises(Unreachable):
             await peer.call(Ping(), deadline_s=30)

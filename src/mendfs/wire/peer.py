@@ -2,7 +2,7 @@
 
 import asyncio
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import structlog
 
@@ -104,8 +104,8 @@ class Server:
         on_closed: Callable[[Peer], None] | None,
         pool: BufferPool,
     ) -> None:
-        self.peers: set[Peer] = set()
-        """Those whose handshake is done."""
+        # In the order of their coming: `close` follows it, and that of a set would be another one in each run.
+        self._peers: dict[Peer, None] = {}
         self._strangers: dict[Peer, asyncio.TimerHandle] = {}
         self._credentials = credentials
         self._role = role
@@ -115,6 +115,11 @@ class Server:
         self._pool = pool
         self._most = connections_max()
         self._listener: Listener
+
+    @property
+    def peers(self) -> Collection[Peer]:
+        """Those whose handshake is done."""
+        return self._peers
 
     @property
     def address(self) -> Address:
@@ -132,7 +137,7 @@ class Server:
         for stranger in strangers:
             stranger.abort(Unreachable("the server stops"))
         await asyncio.gather(
-            *(peer.close() for peer in self.peers), *(stranger.closed.wait() for stranger in strangers)
+            *(peer.close() for peer in self._peers), *(stranger.closed.wait() for stranger in strangers)
         )
 
     def _make(self) -> Peer:
@@ -161,7 +166,7 @@ class Server:
 
     def _ready(self, peer: Peer) -> None:
         self._strangers.pop(peer).cancel()
-        self.peers.add(peer)
+        self._peers[peer] = None
         if self._on_opened is not None:
             self._on_opened(peer)
 
@@ -170,7 +175,7 @@ class Server:
         if timer is not None:
             timer.cancel()
             return
-        self.peers.discard(peer)
+        self._peers.pop(peer, None)
         if self._on_closed is not None:
             self._on_closed(peer)
 
