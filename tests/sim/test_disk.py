@@ -89,3 +89,17 @@ def test_a_full_disk_takes_no_writes_and_a_lock_dies_with_its_process() -> None:
     with pytest.raises(OSError) as failed:
         held.write((b"x",), 0)
     assert failed.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("last", [0, 1, 4095])
+def test_holes_take_no_room(last: int) -> None:
+    file = make(0).at(Process("p")).open("/f", create=True)
+    file.write((b"x" * (3 * 4096 + last),), 0)
+    blocks = 3 + (last > 0)
+    assert file.allocated() == blocks * 4096
+    file.punch(4096, 4096)
+    assert file.allocated() == (blocks - 1) * 4096
+    file.write((b"y",), 5000)
+    assert file.allocated() == blocks * 4096
+    file.punch(0, file.size())
+    assert file.allocated() == 0

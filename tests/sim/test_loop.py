@@ -1,13 +1,14 @@
 """Virtual time, and processes that are killed and paused."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
-from mendfs.sim.loop import START_S, Process, SimLoop, Stuck
+from mendfs.sim.loop import START_S, TASKS_FORGOTTEN_FROM, Process, SimLoop, Stuck
 
 
 def run(work: Coroutine[Any, Any, Any], loop: SimLoop) -> Any:
@@ -128,3 +129,56 @@ def test_asyncio_s_own_tools_work_on_it(loop: SimLoop) -> None:
 
     assert run(main(), loop) == [0, 1, 2]
     assert loop.time() == START_S + 2
+
+
+def test_a_task_that_is_lost_while_it_waits_is_not_collected_and_a_failed_one_is_reported(loop: SimLoop) -> None:
+    """However many others have come and gone meanwhile."""
+    process = Process("busy")
+    cleaned_up: list[str] = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cleaned_up.append("cleaned up")
+
+    async def fails() -> None:
+        raise ValueError("nobody looks at it")
+
+    async def nothing() -> None:
+        pass
+
+    async def main() -> None:
+        loop.start(process, waits())
+        loop.start(process, fails())
+        for _ in range(10 * TASKS_FORGOTTEN_FROM):
+            loop.start(process, nothing())
+        await asyncio.sleep(1)
+        gc.collect()
+
+    run(main(), loop)
+    assert not cleaned_up
+    loop.close()
+    assert [str(problem["exception"]) for problem in loop.problems] == ["nobody looks at it"]
+
+
+def test_a_cancelled_timer_does_not_move_the_clock(loop: SimLoop) -> None:
+    async def main() -> None:
+        timer = asyncio.get_running_loop().call_later(5, pytest.fail, "it was cancelled")
+        timer.cancel()
+        assert timer.cancelled()
+        await asyncio.sleep(1)
+
+    run(main(), loop)
+    assert loop.time() == START_S + 1
+
+
+def test_a_loop_that_never_waits_is_found(loop: SimLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mendfs.sim.loop.STEPS_PER_INSTANT_MAX", 1000)
+
+    async def main() -> None:
+        while True:
+            await asyncio.sleep(0)
+
+    with pytest.raises(Stuck, match="something never waits"):
+        run(main(), loop)

@@ -113,6 +113,7 @@ class MemoryEngine(OptimisticEngine):
         size = file.size()
         content = bytearray(size)
         file.read_into(content, 0)
+        changes: dict[bytes, bytes | None] = {}
         while self._end + _FRAME.size <= size:
             length, checksum = _FRAME.unpack_from(content, self._end)
             begin = self._end + _FRAME.size
@@ -120,8 +121,10 @@ class MemoryEngine(OptimisticEngine):
             if len(body) != length or _checksum(body, self._end) != checksum:
                 break
             self._last, writes = _decode(body)
-            self._apply(writes)
+            changes.update(writes)
             self._end = begin + length
+        self._values = {key: value for key, value in changes.items() if value is not None}
+        self._keys = sorted(self._values)
         if self._end < size:
             file.truncate(self._end)
         # What was read may be in the page cache only (a killed process): it counts as synced from here on.

@@ -23,6 +23,10 @@ from mendfs.world.disk import Buffer, File
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+DISK_BLOCK_BYTES = 4096
+"""A disk gives room in such pieces."""
+_ZEROS = bytes(DISK_BLOCK_BYTES)
+
 
 class DiskRules(msgspec.Struct, kw_only=True):
     """How a disk behaves. A run changes them as it goes; chances are per operation."""
@@ -233,7 +237,11 @@ class SimFile:
     def allocated(self) -> int:
         """Bytes it occupies, holes of whole blocks not counted."""
         content = self._node.content
-        return sum(4096 for start in range(0, len(content), 4096) if any(content[start : start + 4096]))
+        holes = sum(
+            content.startswith(_ZEROS[: len(content) - start], start)
+            for start in range(0, len(content), DISK_BLOCK_BYTES)
+        )
+        return (-(-len(content) // DISK_BLOCK_BYTES) - holes) * DISK_BLOCK_BYTES
 
     def is_linked(self) -> bool:
         """Whether it still has a name."""

@@ -16,7 +16,7 @@ import msgspec
 
 from mendfs.errors import Unreachable, UsageError
 from mendfs.model import KiB
-from mendfs.sim.loop import Process, SimLoop
+from mendfs.sim.loop import Handle, Process, SimLoop
 from mendfs.world.network import Address, Listener
 
 WINDOW_BYTES = 256 * KiB
@@ -187,7 +187,7 @@ class Stream:
         """(earliest arrival, bytes or "fin" or "reset"), in order."""
         self.flying_bytes = 0
         self._arrival_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Handle | None = None
         self._stalled_since_s: float | None = None
 
     def send(self, what: bytes | str) -> None:
