@@ -73,12 +73,14 @@ class FakeStore:
         self.unsynced: set[tuple[int, int]] = set()
         self.incarnation = Incarnation(1000 * number + 1)
         self.put_error: MendfsError | None = None
+        self.delete_error: MendfsError | None = None
         self.hold_puts: asyncio.Event | None = None
         self.hold_gets: asyncio.Event | None = None
         self.hold_syncs: asyncio.Event | None = None
         self.puts = 0
         self.gets = 0
         self.syncs = 0
+        self.deletes = 0
         self._server: Server | None = None
         self._address = "127.0.0.1:0"
         self._checksums: dict[int, bytes] = {}
@@ -151,6 +153,9 @@ class FakeStore:
                 roots = tuple(self._root(self.blocks[name]) if name in self.blocks else None for name in message.blocks)
                 return messages.BlocksHeld(roots, self.incarnation)
             case messages.DeleteBlocks():
+                self.deletes += 1
+                if self.delete_error is not None:
+                    raise self.delete_error
                 for name in message.blocks:
                     self.blocks.pop(name, None)
                 return messages.Deleted(len(message.blocks))

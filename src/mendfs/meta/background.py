@@ -197,25 +197,57 @@ async def _free_inodes(state: State) -> None:
 async def free_round(state: State) -> bool:
     """Delete what died before everything was synced. True if more waits, or a server that is up did not do its part."""
     noted = state.engine.last_sequence
-    if not (await run(state.engine, freeing.dead_blocks, noted, 1))[0]:
-        return False
+    rounds, at_s = state.rounds, asyncio.get_running_loop().time()
+    late = rounds.late_range(at_s)
+    if late is None and not (await run(state.engine, freeing.dead_blocks, noted, 1, rounds.front))[0]:
+        return rounds.is_waiting
     if not await state.sync_data():
         return True
     await state.sync_log()
-    dead, _ = await run(state.engine, freeing.dead_blocks, noted, DEAD_A_ROUND)
-    orders, _ = await run(state.engine, freeing.holders, dead)
-    synced = state.engine.synced_sequence
-    done = await asyncio.gather(*(_delete_on(state, server, blocks, synced) for server, blocks in orders.items()))
-    if not all(done):
-        return True
-    step = freeing.BLOCKS_FORGOTTEN_A_STEP
-    for start in range(0, len(dead), step):
-        part = dead[start : start + step]
-        await run(state.engine, freeing.forget, part, state.volume.id)
-        await asyncio.sleep(0)
-    log.debug("blocks freed", blocks=len(dead), sequence=noted)
+    fresh, _ = await run(state.engine, freeing.dead_blocks, noted, DEAD_A_ROUND, rounds.front)
+    await _delete(state, fresh, at_s)
+    if fresh:
+        rounds.took_fresh(fresh[-1])
+    if late is not None:
+        begin, end = late
+        found, _ = await run(state.engine, freeing.dead_blocks, noted, DEAD_A_ROUND, begin)
+        left = [block for block in found if block <= end]
+        await _delete(state, left, at_s, is_again=True)
+        rounds.took_late(left[-1] if len(left) == DEAD_A_ROUND else None)
     state.troubles.pop("freeing", None)
     return True
+
+
+async def _delete(state: State, blocks: list[freeing.DeadBlock], at_s: float, *, is_again: bool = False) -> None:
+    """Have these deleted, and forget those that every server has deleted, as far as each is asked now.
+
+    With `is_again` only servers that have refused are asked: the others have deleted these.
+    """
+    rounds = state.rounds
+    orders, _ = await run(state.engine, freeing.holders, blocks)
+    waiting = {server for server in orders if not rounds.may_ask(server, at_s)}
+    left = {name for server in waiting for name in orders[server]}
+    synced = state.engine.synced_sequence
+    asked = {
+        server: names
+        for server, names in orders.items()
+        if server not in waiting and (rounds.has_refused(server) or not is_again)
+    }
+    results = await asyncio.gather(*(_delete_on(state, server, names, synced) for server, names in asked.items()))
+    for (server, names), is_done in zip(asked.items(), results, strict=True):
+        if is_done:
+            rounds.obeyed(server)
+        else:
+            rounds.refused(server, at_s)
+            left.update(names)
+    if left:
+        rounds.left_behind()
+    deleted = [block for block in blocks if block[1:] not in left]
+    step = freeing.BLOCKS_FORGOTTEN_A_STEP
+    for start in range(0, len(deleted), step):
+        await run(state.engine, freeing.forget, deleted[start : start + step], state.volume.id)
+        await asyncio.sleep(0)
+    log.debug("blocks freed", blocks=len(deleted), left=len(left))
 
 
 async def _delete_on(

@@ -76,9 +76,11 @@ async def take_references(tx: Transaction) -> bool:
     return True
 
 
-async def dead_blocks(tx: Transaction, before: CommitSequence, limit: int) -> list[DeadBlock]:
-    """Blocks that died at or before commit `before`, oldest first."""
-    begin, _ = schema.all_of(schema.Kind.DEAD)
+async def dead_blocks(
+    tx: Transaction, before: CommitSequence, limit: int, after: DeadBlock | None = None
+) -> list[DeadBlock]:
+    """Blocks that died at or before commit `before`, oldest first; with `after`, those that follow it."""
+    begin = schema.all_of(schema.Kind.DEAD)[0] if after is None else schema.dead_key(*after) + b"\0"
     end = schema.dead_key(CommitSequence(before + 1), Partition(0), BlockId(0))
     return [schema.dead_in(key) for key, _ in await tx.range(begin, end, limit=limit)]
 

@@ -9,6 +9,7 @@ from mendfs.kv.engine import Engine
 from mendfs.meta import schema, volume
 from mendfs.meta.members import Decision, Member, Members
 from mendfs.meta.room import Room
+from mendfs.meta.rounds import Rounds
 from mendfs.meta.sessions import Session, Sessions
 from mendfs.model import Epoch, Generation, ServerNumber, SessionId, Table, Volume
 from mendfs.placement import Candidate, first_table
@@ -38,6 +39,7 @@ class State:
         self.troubles: dict[str, str] = {}
         """One line each, by topic: what is wrong and what to do. Shown by `status`."""
         self.room = Room()
+        self.rounds = Rounds()
         self.sync_since_s: float | None = None
         """Since when the log's sync has been waited for."""
         self.grace_until_s = 0.0
