@@ -16,7 +16,7 @@ from mendfs.data.store import Store
 from mendfs.errors import BlockCorrupt, BlockMissing, MendfsError, StoreFailed
 from mendfs.model import BlockId, CommitSequence, Generation, Partition
 from tests.unit.data_tools import FIRST_BLOCK, abandon, block, content, open_on, opened, read, until
-from tests.unit.memory_disk import MemoryDisk
+from tests.unit.memory_disk import MemoryDisk, MemoryFile
 
 LENGTH = 20_000
 """Thirteen fit into a segment of a volume with blocks of 256 KiB."""
@@ -431,6 +431,71 @@ async def test_more_segments_than_may_be_open_are_all_read() -> None:
         await store.delete(order(1), [name_of(number) for number in range(300) if number % 5])
         await copy_all(store)
         await are_there(store, set(range(0, 300, 5)))
+
+
+async def test_the_event_loop_closes_no_segment_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the last descriptor of a deleted file goes the file: freeing it takes a slow disk long."""
+    is_in_thread = False
+    closed: list[tuple[str, bool]] = []
+    close = MemoryFile.close
+
+    def noted(file: MemoryFile) -> None:
+        closed.append((file._path, is_in_thread))
+        close(file)
+
+    class WatchedDisk(MemoryDisk):
+        async def run(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+            def in_thread() -> Any:
+                nonlocal is_in_thread
+                is_in_thread = True
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    is_in_thread = False
+
+            return await super().run(in_thread)
+
+    monkeypatch.setattr(MemoryFile, "close", noted)
+    disk = WatchedDisk()
+    disk.fault = without_holes
+    async with opened(disk, segment_bytes=1, open_files_max=8) as store:
+        await fill(store, 300)
+        await store.delete(order(1), [name_of(number) for number in range(300) if number % 5])
+        await settled(store)
+        await copy_all(store)
+        assert store.copier.copied_segments > 5
+        await are_there(store, set(range(0, 300, 5)))
+        assert segment_path(1) in {path for path, _ in closed}
+    assert [path for path, is_there in closed if path.endswith(".seg") and not is_there] == []
+
+
+async def test_a_file_that_is_read_is_closed_when_the_read_is_over() -> None:
+    disk = MemoryDisk()
+    file = OpenFiles(disk, 8).open("/data/segments/1", create=True)
+    file.write((b"here",), 0)
+    began, may_end = threading.Event(), threading.Event()
+
+    def slow(operation: str, path: str) -> None:
+        if operation == "read":
+            began.set()
+            assert may_end.wait(10)
+
+    disk.fault = slow
+    buffer = bytearray(4)
+    reading = threading.Thread(target=file.read_into, args=(buffer, 0))
+    closing = threading.Thread(target=file.close)
+    reading.start()
+    assert began.wait(10)
+    closing.start()
+    try:
+        assert file.is_open, "its number could become another file's"
+    finally:
+        may_end.set()
+        await asyncio.to_thread(reading.join)
+        await asyncio.to_thread(closing.join)
+    assert bytes(buffer) == b"here" and not file.is_open
+    with pytest.raises(OSError):
+        file.read_into(buffer, 0)
 
 
 async def test_when_no_descriptors_are_left_files_nobody_uses_are_closed() -> None:

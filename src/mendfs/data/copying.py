@@ -236,6 +236,8 @@ class Copier:
             victim.is_gone = False
             raise
         self._append.segments.drop(victim)
+        # Whoever reads from it may end; then the disk has its space to free.
+        await self._watch.run(victim.file.close)
         # Last: a file that the index does not know is searched at the next start, and what was deleted found again.
         await self._index.set_segment(victim.number, None)
         self._looked_at.pop(victim.number, None)

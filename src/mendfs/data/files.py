@@ -3,7 +3,9 @@
 A store of 64 TiB has a quarter of a million segments, and a process may have a few thousand descriptors. A file
 that is closed here is opened again by whoever needs it next. Two things forbid closing one: a call under way (its
 descriptor's number could become another file's), and unsynced writes (an error of theirs is told to the descriptor
-that made them). Calls come from the event loop and from the disk's threads.
+that made them). Calls come from the event loop and from the disk's threads. Only the threads close anything, and not
+with the lock held, for which the loop may wait: with the last descriptor of a deleted file goes the file, and freeing
+256 MiB in many pieces takes a disk its time.
 """
 
 import errno
@@ -25,6 +27,8 @@ class OpenFiles:
     def __init__(self, disk: Disk, most: int) -> None:
         self.disk = disk
         self.lock = threading.Lock()
+        self.unused = threading.Condition(self.lock)
+        """Notified when a file that is being closed has lost its last user."""
         self._most = max(OPEN_MIN, most)
         self._open: OrderedDict[SegmentFile, None] = OrderedDict()
 
@@ -37,6 +41,7 @@ class OpenFiles:
         file.descriptor = self.acquire(path, create=create)
         with self.lock:
             self.used(file)
+        self.shrink()
         return file
 
     def acquire(self, path: str, *, create: bool = False) -> File:
@@ -49,9 +54,7 @@ class OpenFiles:
         except OSError as error:
             if error.errno not in _NO_DESCRIPTORS:
                 raise
-            with self.lock:
-                is_room = self._shrink(OPEN_MIN)
-            if not is_room:
+            if not self.shrink(OPEN_MIN):
                 raise
         return self.disk.open(path, create=create)
 
@@ -59,18 +62,22 @@ class OpenFiles:
         """It is the last one to be closed now; called with the lock held."""
         self._open[file] = None
         self._open.move_to_end(file)
-        if len(self._open) > self._most:
-            self._shrink(self._most)
 
     def forget(self, file: "SegmentFile") -> None:
-        """It was closed; called with the lock held."""
+        """It is being closed; called with the lock held."""
         self._open.pop(file, None)
 
-    def _shrink(self, most: int) -> bool:
-        """Close unused files until `most` are left; whether any was closed."""
-        idle = [file for file in self._open if file.is_idle][: max(0, len(self._open) - most)]
-        for file in idle:
-            file.let_go()
+    def shrink(self, most: int | None = None) -> bool:
+        """Close unused files until `most` are left, or as many as may be; whether any was closed. Blocks."""
+        most = self._most if most is None else most
+        if len(self._open) <= most:
+            return False
+        with self.lock:
+            idle = [file for file in self._open if file.is_idle][: max(0, len(self._open) - most)]
+            descriptors = [file.let_go() for file in idle]
+        for descriptor in descriptors:
+            if descriptor is not None:
+                descriptor.close()
         return bool(idle)
 
 
@@ -96,12 +103,11 @@ class SegmentFile:
         """Whether it may be closed for a while."""
         return not self._users and not self.is_pinned
 
-    def let_go(self) -> None:
-        """Close the descriptor; called with the lock held and nobody using it."""
+    def let_go(self) -> File | None:
+        """Its descriptor, to be closed without the lock; called with the lock held and nobody using it."""
         descriptor, self.descriptor = self.descriptor, None
         self._files.forget(self)
-        if descriptor is not None:
-            descriptor.close()
+        return descriptor
 
     @contextmanager
     def _use(self) -> Iterator[File]:
@@ -118,7 +124,7 @@ class SegmentFile:
             with self._files.lock:
                 self._users -= 1
                 if self._is_closed and not self._users:
-                    self.let_go()
+                    self._files.unused.notify_all()
 
     def _open(self) -> File:
         """Open it anew; it is in use, so nobody closes it."""
@@ -130,10 +136,12 @@ class SegmentFile:
             descriptor = self.descriptor
         if descriptor is not opened:
             opened.close()  # another thread was quicker
+        self._files.shrink()
         return descriptor
 
     def read_into(self, buffer: memoryview | bytearray, offset: int) -> int:
         """See `world.disk.File`."""
+        self._files.shrink()
         with self._use() as file:
             return file.read_into(buffer, offset)
 
@@ -152,6 +160,7 @@ class SegmentFile:
 
     def datasync(self) -> None:
         """See `world.disk.File`."""
+        self._files.shrink()  # those of syncs before could not be closed earlier
         with self._use() as file:
             file.datasync()
 
@@ -186,8 +195,11 @@ class SegmentFile:
             return file.is_linked()
 
     def close(self) -> None:
-        """Close it for good, as soon as nobody uses it."""
+        """Close it for good, when nobody uses it any more. Blocks."""
         with self._files.lock:
             self._is_closed = True
-            if not self._users:
-                self.let_go()
+            while self._users:
+                self._files.unused.wait()
+            descriptor = self.let_go()
+        if descriptor is not None:
+            descriptor.close()

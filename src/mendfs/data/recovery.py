@@ -139,8 +139,7 @@ class Recovery:
         self._watch.trouble(f"twice {left.file.path}", text)
         if is_better:
             self._segments.drop(other)
-        else:
-            segment.file.close()
+        left.file.close()
         return is_better
 
     async def _open_file(self, number: int, known: Mapping[int, tuple[bytes, bool]]) -> Segment | None:

@@ -220,12 +220,11 @@ class Segments:
         self._disk.sync_directory(self.folder)
 
     def drop(self, segment: Segment) -> None:
-        """Its file was deleted. Whoever reads from it may end."""
+        """It is no segment of this store any more. Its file is to be closed, in a thread: what is deleted goes then."""
         del self._segments[segment.number]
-        segment.file.close()
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files. Blocks."""
         for segment in self:
             segment.file.close()
 

@@ -417,7 +417,7 @@ class Store:
             # Whoever opens the store next must not find one of our threads still writing to its files.
             await self.watch.idle()
             await self._close_index()
-            self._segments.close()
+            await self.watch.run(self._segments.close)
 
     async def _close_index(self) -> None:
         try:
