@@ -3,6 +3,9 @@
 import os
 import random
 import statistics
+import sys
+import time
+from collections.abc import Sequence
 
 import msgspec
 
@@ -14,6 +17,7 @@ from mendfs.sim.runs import Report
 from mendfs.sim.worker import Order
 
 FAILURES_SHOWN = 5
+SEEDS_NAMED = 10
 
 
 class Wishes(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,18 +60,24 @@ async def run_command(wishes: Wishes) -> int:
     )
     failed = 0
     reports: list[Report] = []
+    progress = _Progress(wishes.seeds)
     async with Pool(wishes.jobs or os.cpu_count() or 1) as pool:
         if wishes.faults is not None:
             order = await _chosen(pool, order, wishes.faults)
         orders = [msgspec.structs.replace(order, seed=first + number) for number in range(wishes.seeds)]
+        progress.show(0, 0)
         async for report in pool.run(orders):
             reports.append(report)
+            progress.hide()
             for line in report.trace:
                 print(line)
             if report.failures:
                 failed += 1
                 await _tell(pool, msgspec.structs.replace(order, seed=report.seed), report, wishes)
-    _summarize(reports, first, wishes, failed)
+            progress.show(len(reports), failed)
+    progress.hide()
+    for line in summary(reports, profile=wishes.profile, real_s=progress.real_s):
+        print(line)
     return failed
 
 
@@ -101,14 +111,62 @@ def _show(plan: list[Fault]) -> None:
         print(f"    {fault}")
 
 
-def _summarize(reports: list[Report], first: int, wishes: Wishes, failed: int) -> None:
-    simulated_s = sum(report.simulated_s for report in reports)
-    real_s = sum(report.real_s for report in reports)
-    operations = statistics.median(report.acknowledged for report in reports)
-    faults = statistics.median(report.faults for report in reports)
-    print(
-        f"{len(reports)} seeds from {first}, profile {wishes.profile}: {simulated_s / 60:.0f} simulated minutes, "
-        f"medians of a seed: {operations:.0f} acknowledged operations (least {min(r.acknowledged for r in reports)}), "
-        f"{faults:.0f} faults (least {min(r.faults for r in reports)}); "
-        f"{simulated_s / max(real_s, 1e-9):.0f} times real time on each process; {failed} failed"
-    )
+class _Progress:
+    """One line on a terminal that is overwritten; nothing where nobody looks."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._begun_s = time.perf_counter()
+        self._is_shown = total > 1 and sys.stderr.isatty()
+
+    @property
+    def real_s(self) -> float:
+        """Since it was begun."""
+        return time.perf_counter() - self._begun_s
+
+    def show(self, done: int, failed: int) -> None:
+        """How far it is."""
+        if not self._is_shown:
+            return
+        left = f", about {_duration(self.real_s / done * (self._total - done))} left" if done else ""
+        print(f"\r\x1b[K{done} of {self._total} seeds, {failed} failed{left} ", end="", file=sys.stderr, flush=True)
+
+    def hide(self) -> None:
+        """Make room for other lines."""
+        if self._is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def summary(reports: Sequence[Report], *, profile: str, real_s: float) -> list[str]:
+    """What a person wants to know of `reports`, in lines. `real_s`: what all of them took by the clock."""
+    reports = sorted(reports, key=lambda report: report.seed)
+    failed = [report.seed for report in reports if report.failures]
+    named = f"seeds {reports[0].seed} to {reports[-1].seed}" if len(reports) > 1 else f"seed {reports[0].seed}"
+    ended = f"{len(failed)} of {len(reports)} FAILED: {_some(failed)}" if failed else f"{len(reports)} passed, 0 failed"
+    simulated_s = [report.simulated_s for report in reports]
+    speeds = [report.simulated_s / max(report.real_s, 1e-9) for report in reports]
+    rows = [
+        ("simulated minutes", [seconds / 60 for seconds in simulated_s], ",.1f"),
+        ("operations acknowledged", [report.acknowledged for report in reports], ",.0f"),
+        ("faults", [report.faults for report in reports], ",.0f"),
+        ("times real time", speeds, ",.0f"),
+    ]
+    lines = [f"{named}, profile {profile}: {ended}"]
+    lines.append(f"  {'of a seed':<24}{'median':>10}{'least':>10}{'most':>10}")
+    for name, values, form in rows:
+        shown = "".join(f"{each:>10{form}}" for each in (statistics.median(values), min(values), max(values)))
+        lines.append(f"  {name:<24}{shown}")
+    lines.append(f"  in all {_duration(sum(simulated_s))} were simulated in {_duration(real_s)}")
+    return lines
+
+
+def _some(seeds: list[int]) -> str:
+    shown = ", ".join(map(str, seeds[:SEEDS_NAMED]))
+    return shown if len(seeds) <= SEEDS_NAMED else f"{shown}, ..."
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
