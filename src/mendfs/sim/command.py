@@ -145,7 +145,7 @@ def summary(reports: Sequence[Report], *, profile: str, real_s: float) -> list[s
     ended = f"{len(failed)} of {len(reports)} FAILED: {_some(failed)}" if failed else f"{len(reports)} passed, 0 failed"
     simulated_s = [report.simulated_s for report in reports]
     speeds = [report.simulated_s / max(report.real_s, 1e-9) for report in reports]
-    rows = [
+    rows: list[tuple[str, Sequence[float], str]] = [
         ("simulated minutes", [seconds / 60 for seconds in simulated_s], ",.1f"),
         ("operations acknowledged", [report.acknowledged for report in reports], ",.0f"),
         ("faults", [report.faults for report in reports], ",.0f"),
