@@ -2,8 +2,8 @@
 
 With a disk it also writes a log file, one framed record a commit, so that a simulated power cut loses an unsynced
 suffix and nothing else: `>II` body length and checksum (XXH3-64, low 32 bits, seeded with the record's offset), then
-the body: `>Q` sequence and per key `>BII` (1 put, 0 delete), lengths of key and value, key, value. The log is never
-compacted: whoever needs that wants `kv.rocks`.
+the body: MessagePack of the sequence and of a map from keys to values, nil to delete. The log is never compacted:
+whoever needs that wants `kv.rocks`.
 """
 
 import errno
@@ -11,6 +11,7 @@ import posixpath
 import struct
 from bisect import bisect_left
 
+import msgspec
 from xxhash import xxh3_64_intdigest
 
 from mendfs.errors import EngineFailed, EngineFull, StoreDamaged
@@ -18,10 +19,12 @@ from mendfs.kv.engine import BYTES_MAX, KEYS_MAX
 from mendfs.kv.optimistic import OptimisticEngine, Pairs, Writes
 from mendfs.world.disk import Disk, File
 
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(tuple[int, dict[bytes, bytes | None]]).decode
 _FRAME = struct.Struct(">II")
-_BODY = struct.Struct(">Q")
-_KEY = struct.Struct(">BII")
-_BODY_MAX = BYTES_MAX + KEYS_MAX * _KEY.size + _BODY.size
+_LENGTH_BYTES_MAX = 5
+"""What MessagePack puts before a key or value."""
+_BODY_MAX = BYTES_MAX + 2 * KEYS_MAX * _LENGTH_BYTES_MAX + 16
 """No commit makes a longer record; a longer length in a frame is garbage."""
 
 
@@ -75,7 +78,7 @@ class MemoryEngine(OptimisticEngine):
     def write(self, writes: Writes, sequence: int) -> None:
         """Apply at once. Raises EngineFailed when the log cannot take it."""
         if self._file is not None:
-            body = _encode(writes, sequence)
+            body = _encode((sequence, writes))
             frame = _FRAME.pack(len(body), _checksum(body, self._end))
             try:
                 self._file.write((frame, body), self._end)
@@ -134,23 +137,3 @@ class MemoryEngine(OptimisticEngine):
 
 def _checksum(body: bytes, at: int) -> int:
     return xxh3_64_intdigest(body, at) & 0xFFFFFFFF
-
-
-def _encode(writes: Writes, sequence: int) -> bytes:
-    parts = [_BODY.pack(sequence)]
-    for key, value in writes.items():
-        parts += [_KEY.pack(value is not None, len(key), len(value or b"")), key, value or b""]
-    return b"".join(parts)
-
-
-def _decode(body: bytes) -> tuple[int, dict[bytes, bytes | None]]:
-    writes: dict[bytes, bytes | None] = {}
-    at = _BODY.size
-    while at < len(body):
-        is_put, key_bytes, value_bytes = _KEY.unpack_from(body, at)
-        at += _KEY.size
-        key = body[at : at + key_bytes]
-        at += key_bytes
-        writes[key] = body[at : at + value_bytes] if is_put else None
-        at += value_bytes
-    return _BODY.unpack_from(body)[0], writes

@@ -141,11 +141,15 @@ class SimDisk:
     def check(self, operation: str, path: str) -> None:
         """Raise what goes wrong with this operation. read, write, sync, open, names."""
         rules = self.rules
-        chance = {
-            "read": rules.read_error_chance,
-            "write": rules.write_error_chance,
-            "sync": rules.sync_error_chance,
-        }.get(operation, 0.0)
+        match operation:
+            case "read":
+                chance = rules.read_error_chance
+            case "write":
+                chance = rules.write_error_chance
+            case "sync":
+                chance = rules.sync_error_chance
+            case _:
+                chance = 0.0
         if rules.is_broken or (chance and self.rng.random() < chance):
             self.told(f"disk {self.name}: {operation} of {path} fails")
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)

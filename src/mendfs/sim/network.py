@@ -97,6 +97,8 @@ class SimNetwork:
         delay_s = rng.uniform(rules.delay_min_s, rules.delay_max_s) + length / rules.bytes_per_s
         if rng.random() < rules.slow_chance:
             delay_s += rng.uniform(0, rules.slow_max_s)
+        if not self._slow:
+            return delay_s
         slow_s = self._slow.get((source, target))
         return delay_s if slow_s is None else delay_s + rng.uniform(0, slow_s)
 
@@ -165,10 +167,14 @@ class Connection:
 
     def __init__(self, network: SimNetwork, hosts: tuple[str, str], processes: tuple[Process, Process]) -> None:
         self.network = network
-        self.ends = (End(self, 0, processes[0]), End(self, 1, processes[1]))
-        self.streams = (Stream(self, 0, hosts), Stream(self, 1, (hosts[1], hosts[0])))
         self.hosts = hosts
+        self.ends = (End(self, 0, processes[0], hosts), End(self, 1, processes[1], (hosts[1], hosts[0])))
         network.connections.append(self)
+
+    @property
+    def streams(self) -> "tuple[Stream, Stream]":
+        """What goes from each end to the other."""
+        return self.ends[0].stream, self.ends[1].stream
 
     def forget(self) -> None:
         """Both ends are gone."""
@@ -183,6 +189,8 @@ class Stream:
         self.connection = connection
         self.number = number
         self.hosts = hosts
+        self._network = connection.network
+        self._loop = connection.network.loop
         self.flying: deque[tuple[float, bytes | str]] = deque()
         """(earliest arrival, bytes or "fin" or "reset"), in order."""
         self.flying_bytes = 0
@@ -192,59 +200,64 @@ class Stream:
 
     def send(self, what: bytes | str) -> None:
         """Set out; arrives after all that was sent before."""
-        network = self.connection.network
-        if isinstance(what, bytes) and self.hosts[0] in network.when_sending:
+        network, loop = self._network, self._loop
+        is_data = isinstance(what, bytes)
+        if is_data and self.hosts[0] in network.when_sending:
             # Not from within the sender's own call: what kills it must find it between two steps.
             happens = network.when_sending.pop(self.hosts[0])
-            network.loop.call_soon(happens, self.connection, context=_OUTSIDE)
+            loop.call_soon(happens, self.connection, context=_OUTSIDE)
             return
-        length = len(what) if isinstance(what, bytes) else 0
-        self._arrival_s = max(self._arrival_s, network.loop.time() + network.delay_s(*self.hosts, length))
+        length = len(what) if is_data else 0
+        self._arrival_s = max(self._arrival_s, loop.time() + network.delay_s(*self.hosts, length))
         self.flying.append((self._arrival_s, what))
         self.flying_bytes += length
-        self.schedule()
+        if self._timer is None:
+            self.schedule()
 
     def schedule(self) -> None:
         """Look again when the next piece is due."""
         if self.flying and self._timer is None:
-            loop = self.connection.network.loop
-            context = _OUTSIDE
-            self._timer = loop.call_at(max(self.flying[0][0], loop.time()), self._due, context=context)
+            loop = self._loop
+            self._timer = loop.call_at(max(self.flying[0][0], loop.time()), self._due, context=_OUTSIDE)
 
     def _due(self) -> None:
         self._timer = None
-        network = self.connection.network
-        now_s = network.loop.time()
+        network, flying = self._network, self.flying
+        now_s = self._loop.time()
         sender, receiver = self.connection.ends[self.number], self.connection.ends[1 - self.number]
         if network.is_cut(*self.hosts):
             if self._stalled_since_s is None:
                 self._stalled_since_s = now_s
             if now_s - self._stalled_since_s >= UNACKNOWLEDGED_S:
-                self.flying.clear()
+                flying.clear()
                 sender.lose_soon(TimeoutError("nothing was acknowledged"))
                 return
             # Looked at again when the link heals, and when the kernel's patience ends.
-            self._timer = network.loop.call_at(now_s + 1.0, self._due, context=_OUTSIDE)
+            self._timer = self._loop.call_at(now_s + 1.0, self._due, context=_OUTSIDE)
             return
         self._stalled_since_s = None
-        while self.flying and self.flying[0][0] <= now_s:
-            what = self.flying.popleft()[1]
+        while flying and flying[0][0] <= now_s:
+            what = flying.popleft()[1]
             if isinstance(what, bytes):
                 self.flying_bytes -= len(what)
             receiver.arrive(what)
         sender.room_made()
-        self.schedule()
+        if flying:
+            self.schedule()
 
 
 class End(asyncio.Transport):
     """One side of a connection, as its protocol sees it."""
 
-    def __init__(self, connection: Connection, number: int, process: Process) -> None:
+    def __init__(self, connection: Connection, number: int, process: Process, hosts: tuple[str, str]) -> None:
         super().__init__()
         self.process = process
         self.is_gone = False
         """The protocol was told that the connection is lost, or its process is dead."""
         self._connection = connection
+        self.stream = Stream(connection, number, hosts)
+        """What it sends."""
+        self._loop = connection.network.loop
         self._number = number
         self._protocol: asyncio.BaseProtocol | None = None
         self._unsent: deque[bytes] = deque()
@@ -267,7 +280,7 @@ class End(asyncio.Transport):
         if not self.process.is_alive or self.is_gone:
             # The host is up, or the link would be cut: its kernel knows no such connection (any more).
             if what != "reset":
-                self._stream.send("reset")
+                self.stream.send("reset")
             return
         self._inbox.append(what)
         self._receive_soon()
@@ -315,7 +328,9 @@ class End(asyncio.Transport):
         """The other side's kernel has taken something."""
         if not self.process.is_alive or self.is_gone:
             return
-        stream = self._stream
+        if not self._unsent and not self._is_writing_paused:
+            return
+        stream = self.stream
         while self._unsent and stream.flying_bytes < WINDOW_BYTES:
             stream.send(self._unsent.popleft())
         if self._unsent:
@@ -354,7 +369,7 @@ class End(asyncio.Transport):
         if silent:
             self._loop.call_later(UNACKNOWLEDGED_S, self._missed, context=_OUTSIDE)
         else:
-            self._stream.send("reset")
+            self.stream.send("reset")
         self._connection.forget()
 
     def _missed(self) -> None:
@@ -364,14 +379,6 @@ class End(asyncio.Transport):
             other.lose_soon(TimeoutError("no answer"))
 
     # --- asyncio.Transport ----------------------------------------------
-
-    @property
-    def _loop(self) -> SimLoop:
-        return self._connection.network.loop
-
-    @property
-    def _stream(self) -> Stream:
-        return self._connection.streams[self._number]
 
     def write(self, data: Any) -> None:
         """Hand bytes to the kernel; what it does not take waits, and the protocol is told."""
@@ -384,7 +391,7 @@ class End(asyncio.Transport):
         data = b"".join(list_of_data)
         if not data:
             return
-        stream = self._stream
+        stream = self.stream
         room = WINDOW_BYTES - stream.flying_bytes
         if self._unsent or room <= 0:
             self._unsent.append(data)
@@ -430,7 +437,7 @@ class End(asyncio.Transport):
 
     def _finish_closing(self) -> None:
         if self._is_closing and not self.is_gone and not self._unsent:
-            self._stream.send("fin")
+            self.stream.send("fin")
             self.lose_soon(None)
 
     def abort(self) -> None:
@@ -438,7 +445,7 @@ class End(asyncio.Transport):
         if self.is_gone:
             return
         if not self._is_closing or self._unsent:
-            self._stream.send("reset")
+            self.stream.send("reset")
         self._is_closing = True
         self._unsent.clear()
         self.lose_soon(None)
