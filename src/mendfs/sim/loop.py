@@ -101,6 +101,38 @@ class _Stopped(Exception):
     """Ends `run_forever` from within a callback of its own, so that no step has to ask whether it is the last one."""
 
 
+class SimTask(asyncio.Task[Result]):
+    """A task whose place in a set follows from when it was made, not from its address, which differs from run to run."""
+
+    def __new__(cls, coro: Coroutine[Any, Any, Result], *, loop: "SimLoop", **_: Any) -> "SimTask[Result]":
+        """Numbered before anybody asks for its hash, which its making does."""
+        task = super().__new__(cls)
+        loop.things_made += 1
+        task._number = loop.things_made
+        return task
+
+    _number: int
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class SimFuture(asyncio.Future[Result]):
+    """A future, with the same."""
+
+    def __new__(cls, *, loop: "SimLoop") -> "SimFuture[Result]":
+        """See `SimTask`."""
+        future = super().__new__(cls)
+        loop.things_made += 1
+        future._number = loop.things_made
+        return future
+
+    _number: int
+
+    def __hash__(self) -> int:
+        return self._number
+
+
 class SimLoop(asyncio.AbstractEventLoop):
     """What asyncio needs, without a system below it."""
 
@@ -115,6 +147,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._processes: dict[Process, None] = {}
         self.steps = 0
         """Callbacks run so far."""
+        self.things_made = 0
+        """Tasks and futures so far."""
         self.problems: list[dict[str, Any]] = []
         """Contexts of exceptions that nobody caught: each is a mistake of ours."""
 
@@ -167,7 +201,7 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def create_future(self) -> "asyncio.Future[Any]":
         """A future of this loop."""
-        return asyncio.Future(loop=self)
+        return SimFuture(loop=self)
 
     def create_task(  # type: ignore[override] # typeshed's signature differs between versions of Python
         self,
@@ -177,7 +211,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         context: contextvars.Context | None = None,
     ) -> "asyncio.Task[Result]":
         """A task of the process in whose context it is made."""
-        task: asyncio.Task[Result] = asyncio.Task(coro, loop=self, name=name, context=context)
+        task = SimTask(coro, loop=self, name=name, context=context)
         process = PROCESS.get() if context is None else context.get(PROCESS)
         if process is None:
             self._loose.add(task)
