@@ -85,8 +85,9 @@ class Recovery:
             raise StoreDamaged(f"the index beside {self._segments.folder} belongs to another server or volume")
         self._report.index_was_whole = mark is not None
         checkpoint = await self._index.checkpoint() if mark is not None else None
-        opened = await self._open_files()
         begin = checkpoint or START
+        await self._watch.run(self._segments.look_at_disk, begin.segment)
+        opened = await self._open_files()
         scans = await self._scan_all(opened, begin)
         await self._enter(scans, begin, is_whole=mark is not None)
         active, last = await self._choose_active(opened)

@@ -151,6 +151,21 @@ class Segments:
         numbers = {int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) == NAME_DIGITS}
         return sorted(number for number in numbers if 0 < number < 1 << 32)
 
+    def look_at_disk(self, first: int) -> None:
+        """Write what is dirty of the files numbered `first` or higher, and forget what memory has of them. Blocks.
+
+        After a sync that failed the system keeps the pages, calls them clean, and shows them to every later process,
+        but no later sync writes them: a start that believed them would acknowledge what the next power cut takes.
+        """
+        for number in self.present():
+            if number >= first:
+                file = self._files.open(self.path(number))
+                try:
+                    file.datasync()
+                    file.forget_cached(0, 0)
+                finally:
+                    file.close()
+
     def open(self, number: int) -> tuple[SegmentFile, SegmentHeader]:
         """Open the file named after `number` and read its header. Blocks. Raises StoreDamaged, OSError."""
         path = self.path(number)

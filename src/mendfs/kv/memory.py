@@ -113,7 +113,11 @@ class MemoryEngine(OptimisticEngine):
 
     def _replay(self, file: File) -> None:
         """Read the log up to the first record that is not whole, and cut it there: what follows was never synced."""
+        # What is in the page cache only (a killed process) counts as synced from here on; what an earlier sync failed
+        # to write is there too, and must not.
+        file.datasync()
         size = file.size()
+        file.forget_cached(0, size)
         content = bytearray(size)
         file.read_into(content, 0)
         changes: dict[bytes, bytes | None] = {}
@@ -130,8 +134,7 @@ class MemoryEngine(OptimisticEngine):
         self._keys = sorted(self._values)
         if self._end < size:
             file.truncate(self._end)
-        # What was read may be in the page cache only (a killed process): it counts as synced from here on.
-        file.datasync()
+            file.datasync()
         self._synced = self._last
 
 

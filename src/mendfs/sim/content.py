@@ -25,6 +25,12 @@ class Node:
         apply_change(self.content, change)
         self.changes.append(change)
 
+    def forget_cached(self) -> None:
+        """What is seen is what the disk has, and what is still to be written to it."""
+        self.content[:] = self.durable
+        for change in self.changes:
+            apply_change(self.content, change)
+
 
 def apply_change(content: bytearray, change: Change) -> None:
     """Write, cut or extend."""

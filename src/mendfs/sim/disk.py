@@ -85,6 +85,8 @@ class SimDisk:
         self.nodes: dict[str, SimNode] = {}
         self.locks: dict[str, Process] = {}
         self.hung: asyncio.Event | None = None
+        self.failed_syncs = 0
+        """Each has dropped what it could not write."""
         self.when_written: Callable[[], None] | None = None
         """What happens when the next operation that ran in a thread has been done, before anybody knows of it."""
         self._removed: dict[str, SimNode] = {}
@@ -152,6 +154,7 @@ class SimDisk:
                 chance = 0.0
         if rules.is_broken or (chance and self.rng.random() < chance):
             self.told(f"disk {self.name}: {operation} of {path} fails")
+            self.failed_syncs += operation == "sync"
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         if rules.is_full and operation == "write":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
@@ -232,7 +235,8 @@ class SimFile:
             self._node.apply((offset, bytes(length)))
 
     def forget_cached(self, offset: int, length: int) -> None:
-        """The next read comes from the disk: here they all do."""
+        """What a failed sync left in memory only is seen no more: here of the whole file."""
+        self._node.forget_cached()
 
     def size(self) -> int:
         """The file's length."""

@@ -102,7 +102,7 @@ class _Stopped(Exception):
 
 
 class SimTask(asyncio.Task[Result]):
-    """A task whose place in a set follows from when it was made, not from its address, which differs from run to run."""
+    """A task whose place in a set follows from when it was made, not from its address, which is another in each run."""
 
     def __new__(cls, coro: Coroutine[Any, Any, Result], *, loop: "SimLoop", **_: Any) -> "SimTask[Result]":
         """Numbered before anybody asks for its hash, which its making does."""

@@ -33,11 +33,14 @@ class StoreAudit:
         self.deletable: Deletable = lambda server, names: None
         """Asked before a deletion; says so itself if one must not be."""
         self._disk = disk
+        self._failed_syncs = 0
         self.violation = violation
         self._stored: dict[Name, Incarnation] = {}
         """Answered as stored and not known as durable, and under which incarnation."""
         self._durable: set[Name] = set()
         """Answered as durable."""
+        self._deleted: set[Name] = set()
+        """Ordered to be deleted: ids are not used again, but a put of one may still be under way."""
         self._store: Store | None = None
 
     # --- what happens to the machine -------------------------------------------------------------
@@ -61,6 +64,10 @@ class StoreAudit:
     def opened(self, store: Store) -> None:
         """A process has opened the store: all that was answered must be there, and nothing that is not."""
         self._close()
+        if self._failed_syncs != self._disk.failed_syncs:
+            # It may have died before it could say what that has taken.
+            self._stored.clear()
+            self._failed_syncs = self._disk.failed_syncs
         self._store = store
         if not self.is_excused:
             for name in sorted(self._durable | self._stored.keys()):
@@ -112,6 +119,7 @@ class StoreAudit:
 
         async def check_and_delete(order: Fence, names: Sequence[Name]) -> int:
             self.deletable(self.name, names)
+            self._deleted.update(names)
             before = {name: self._stored[name] for name in names if name in self._stored}
             durable = self._durable.intersection(names)
             for name in names:
@@ -120,6 +128,7 @@ class StoreAudit:
             try:
                 return await delete(order, names)
             except Fenced:
+                self._deleted.difference_update(names)
                 self._stored.update(before)
                 self._durable |= durable
                 raise
@@ -128,7 +137,7 @@ class StoreAudit:
             setattr(store, attribute, audited)
 
     def _put_answered(self, store: Store, name: Name, incarnation: Incarnation) -> None:
-        if store is not self._store or self.is_excused:
+        if store is not self._store or self.is_excused or name in self._deleted:
             return
         if not self.holds(name):
             self._say(f"answered a put of block {name[1]:#x} that it does not hold")

@@ -42,7 +42,7 @@ class File(Protocol):
         ...
 
     def forget_cached(self, offset: int, length: int) -> None:
-        """Drop clean pages from the page cache, so that the next read comes from the disk."""
+        """Drop clean pages from the page cache, so that the next read comes from the disk. Length 0: to the end."""
         ...
 
     def size(self) -> int:
