@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.real_cluster import cluster
 
 __all__ = ["cluster"]
@@ -31,3 +32,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments: dict[str, Any] = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     asyncio.run(pyfuncitem.obj(**arguments))
     return True
+
+
+def pytest_unconfigure() -> None:
+    """Everything that ran for all tests ends."""
+    warm.close()

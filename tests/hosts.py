@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.real_cluster import COMMAND_TIMEOUT_S, until
+from tests.warm import warm
 
 TUN = "/dev/net/tun"
 MTU = 60_000
@@ -216,16 +217,16 @@ class Hosts:
 
     def mendfs(self, name: str, *arguments: object, stdin: bytes = b"", env: dict[str, str] | None = None) -> list[Any]:
         """[exit code, standard output, standard error] of `mendfs ARGUMENTS` on a host."""
-        done = subprocess.run(
-            self.on(name, sys.executable, "-m", "mendfs.cli.main", *arguments),
-            input=stdin,
-            capture_output=True,
-            timeout=COMMAND_TIMEOUT_S,
+        code, out, err = warm().run(
+            [*map(str, arguments)],
+            stdin=stdin,
             env=_environment(env),
             cwd=self.folder(name),
+            timeout_s=COMMAND_TIMEOUT_S,
+            network=self.network(name),
         )
-        assert b"Traceback" not in done.stderr, done.stderr.decode()
-        return [done.returncode, done.stdout.decode(), done.stderr.decode()]
+        assert b"Traceback" not in err, err.decode()
+        return [code, out.decode(), err.decode()]
 
     def must(self, name: str, *arguments: object, stdin: bytes = b"") -> str:
         """Standard output of a command that must succeed."""

@@ -9,8 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ from mendfs.cluster.folder import ClusterFolder, ClusterRecord
 from mendfs.fuse import device, fusermount
 from mendfs.world.local_disk import LocalDisk
 from mendfs.world.processes import LocalProcesses, ProcessIdentity
+from tests.warm import warm
 
 COMMAND_TIMEOUT_S = 120
 PROCESSES = LocalProcesses()
@@ -61,16 +60,11 @@ class RealCluster:
         """[exit code, standard output, standard error] of `mendfs ARGUMENTS`."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MENDFS_")}
         environment |= {"MENDFS_DIR": str(self.dir)} if env is None else env
-        done = subprocess.run(
-            [sys.executable, "-m", "mendfs.cli.main", *map(str, arguments)],
-            input=stdin,
-            capture_output=True,
-            timeout=COMMAND_TIMEOUT_S,
-            env=environment,
-            cwd=self.path,
+        code, out, err = warm().run(
+            [*map(str, arguments)], stdin=stdin, env=environment, cwd=self.path, timeout_s=COMMAND_TIMEOUT_S
         )
-        assert b"Traceback" not in done.stderr, done.stderr.decode()
-        return [done.returncode, done.stdout.decode(), done.stderr.decode()]
+        assert b"Traceback" not in err, err.decode()
+        return [code, out.decode(), err.decode()]
 
     def mendfs(self, *arguments: object, stdin: bytes = b"") -> str:
         """Standard output of a command that must succeed."""

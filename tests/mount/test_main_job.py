@@ -18,7 +18,7 @@ pytestmark = [needs_mounts, pytest.mark.timeout(1200)]
 
 IS_WHOLE = bool(os.environ.get("MENDFS_WHOLE_TREE"))
 FILE_MIB = 1024 if IS_WHOLE else 64
-PACKAGES = ["asyncio", "email", "json", "logging", "xml"]
+PACKAGES = ["asyncio", "json", "logging"]
 
 
 def run(*command: object) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.programs import PYTHON, Place, as_ordinary_user, lines, need
+from tests.mount.programs import IS_LONG, PYTHON, Place, as_ordinary_user, lines, need
 from tests.real_cluster import needs_mounts
 
 pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
-FILES = 500
+FILES = 500 if IS_LONG else 200
 MODULES = 40
 
 
@@ -30,7 +30,7 @@ class Git:
 
 
 @as_ordinary_user
-def test_git_commits_packs_and_clones_five_hundred_files(place: Place) -> None:
+def test_git_commits_packs_and_clones_some_hundred_files(place: Place) -> None:
     need("git")
     git = Git(place)
     work = place.path / "work"
@@ -45,7 +45,7 @@ def test_git_commits_packs_and_clones_five_hundred_files(place: Place) -> None:
     )
     git("init", "-q", "-b", "main", cwd=work)
     git("add", "-A", cwd=work)
-    git("commit", "-qm", "five hundred files", cwd=work)
+    git("commit", "-qm", "some hundred files", cwd=work)
     assert len(lines(git("ls-files", cwd=work))) == FILES
     assert git("status", "--porcelain", cwd=work) == ""
     git("fsck", "--strict", cwd=work)
@@ -149,7 +149,5 @@ def test_a_virtual_environment_takes_packages_from_pip(place: Place) -> None:
     python = place.path / "environment" / "bin" / "python"
     place.run(python, "-m", "pip", "install", "--no-index", "--quiet", "--disable-pip-version-check", wheel)
     assert place.run(place.path / "environment" / "bin" / "greet") == "hi how are you\n"
-    assert "greeting" in place.run(python, "-m", "pip", "list", "--disable-pip-version-check")
-    assert place.run(python, "-m", "pip", "check").strip() == "No broken requirements found."
     place.run(python, "-m", "pip", "uninstall", "-y", "--quiet", "greeting")
     assert not (place.path / "environment" / "bin" / "greet").exists()

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.programs import PATH, Place, descendants, kill_tree
+from tests.mount.programs import IS_LONG, PATH, Place, descendants, kill_tree
 from tests.real_cluster import needs_mounts, until
 
 pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
 CLIENTS = 4
-SECONDS = 30
-DATABASE = "bench"
+SECONDS = 30 if IS_LONG else 10
+DATABASE = "postgres"
+"""The one that initdb makes."""
 SUMS = (
     "SELECT sum(abalance) FROM pgbench_accounts",
     "SELECT sum(bbalance) FROM pgbench_branches",
@@ -100,14 +101,13 @@ def test_postgresql_recovers_every_acknowledged_transaction_after_a_kill(place: 
     server = Server(place)
     server.run("initdb", "-D", server.data, "--auth=trust", "--encoding=UTF8", "--data-checksums")
     server.start()
-    server.run("createdb", DATABASE)
     server.run("pgbench", "--initialize", "--quiet", "--scale=2")
     out = server.run("pgbench", f"--time={SECONDS}", f"--client={CLIENTS}", "--no-vacuum")
     print(out)
     committed = transactions(out)
     assert server.number("SELECT count(*) FROM pgbench_history") == committed > 0
 
-    running = server.begin("pgbench", f"--time={SECONDS}", f"--client={CLIENTS}", "--no-vacuum")
+    running = server.begin("pgbench", "--time=300", f"--client={CLIENTS}", "--no-vacuum")
     until(lambda: server.number("SELECT count(*) FROM pgbench_history") >= committed + 50, within_s=60)
     server.kill()
     out, _ = running.communicate(timeout=60)

@@ -6,13 +6,13 @@ import signal
 
 import pytest
 
-from tests.mount.programs import ORDINARY, PYTHON, Place, kill_tree, need
+from tests.mount.programs import IS_LONG, ORDINARY, PYTHON, Place, kill_tree, need
 from tests.real_cluster import needs_mounts
 
 pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
-TRANSACTIONS = 1000
-KILLED_AT = (137, 500, 863)
+TRANSACTIONS = 1000 if IS_LONG else 300
+KILLED_AT = tuple(TRANSACTIONS * part // 100 for part in (14, 50, 86))
 
 # Says each transaction only after its COMMIT has returned. Two rows change in each, so half of one would be seen.
 WRITER = """

@@ -29,6 +29,26 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCluster]:
         cluster.clean_up()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unanswered(three: RealCluster) -> Iterator["subprocess.Popen[str]"]:
+    """A shell for an address where nobody is; it waits for seconds, in which the other tests run."""
+    where = ("--meta", "127.0.0.1:9", "--secret-file", str(three.dir / "secret"))
+    with subprocess.Popen(
+        [sys.executable, *SHELL, *where],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if not name.startswith("MENDFS_")},
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write("ls\n")
+        process.stdin.close()
+        process.stdin = None
+        yield process
+        process.kill()
+
+
 @pytest.fixture
 def screen(three: RealCluster, tmp_path: Path) -> Iterator[Terminal]:
     """A shell at its first prompt, with a history of its own, begun in an empty local directory."""
@@ -208,12 +228,11 @@ def test_closed_streams_are_an_error_at_most(three: RealCluster) -> None:
 
 
 @pytest.mark.seed("B6")
-def test_an_address_that_does_not_answer_is_named(three: RealCluster) -> None:
-    secret = three.dir / "secret"
-    code, out, err = three.command("shell", "--meta", "127.0.0.1:9", "--secret-file", secret, stdin=b"ls", env={})
-    assert code == 1 and out == "" and err.count("\n") == 1
+def test_an_address_that_does_not_answer_is_named(three: RealCluster, unanswered: "subprocess.Popen[str]") -> None:
+    out, err = unanswered.communicate(timeout=60)
+    assert unanswered.returncode == 1 and out == "" and err.count("\n") == 1
     assert "127.0.0.1:9 does not answer" in err and "--meta" in err
     code, out, err = three.command(
-        "shell", "--meta", three.record().meta, "--secret-file", secret, stdin=b"pwd", env={}
+        "shell", "--meta", three.record().meta, "--secret-file", three.dir / "secret", stdin=b"pwd", env={}
     )
     assert (code, out, err) == (0, "/\n", "")
