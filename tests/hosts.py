@@ -82,12 +82,12 @@ class Program:
         """What it has written so far, to either output."""
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, text: str, within_s: float = 20) -> None:
+    def wait_for(self, text: str, within_s: float = 60) -> None:
         """Until it has written this."""
         until(lambda: text in self.said() or self.process.poll() is not None, within_s)
         assert text in self.said(), f"it ended with {self.process.poll()}: {self.said()}"
 
-    def end(self, number: int = signal.SIGTERM, within_s: float = 20) -> int:
+    def end(self, number: int = signal.SIGTERM, within_s: float = 60) -> int:
         """Send it a signal and wait for its end; returns the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
@@ -258,12 +258,12 @@ class Hosts:
         for program in self.programs:
             if program.process.poll() is None:
                 program.process.kill()
-                program.process.wait(10)
+                program.process.wait(60)
         if self._wires is not None:
             assert self._wires.stdin is not None
             assert self._wires.stdout is not None
             self._wires.stdin.close()
-            self._wires.wait(10)
+            self._wires.wait(60)
             self._wires.stdout.close()
         for space in self._made:
             subprocess.run(["ip", "netns", "delete", space], check=False, capture_output=True, timeout=30)

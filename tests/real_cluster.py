@@ -105,11 +105,11 @@ class RealCluster:
 
     def kill(self, name: str) -> None:
         """kill -9 of a child, as soon as it runs; returns when it is gone, not when it was started again."""
-        until(lambda: self.process(name), within_s=30)
+        until(lambda: self.process(name), within_s=60)
         process = self.process(name)
         if process is not None:
             PROCESSES.signal(process, signal.SIGKILL)
-            until(lambda: PROCESSES.identity(process.pid) != process, within_s=10)
+            until(lambda: PROCESSES.identity(process.pid) != process, within_s=60)
 
     def wait_serving(self, name: str) -> None:
         """Until the child accepts connections."""
@@ -120,14 +120,14 @@ class RealCluster:
                 return True
             return False
 
-        until(accepts, within_s=30)
+        until(accepts, within_s=60)
 
     def kill_supervisor(self) -> None:
         """kill -9 of the process that watches the others."""
         process = self.record().supervisor
         assert process is not None
         PROCESSES.signal(process, signal.SIGKILL)
-        until(lambda: PROCESSES.identity(process.pid) != process, within_s=10)
+        until(lambda: PROCESSES.identity(process.pid) != process, within_s=60)
 
     def kill_everything(self) -> None:
         """kill -9 of every process at once, the supervisor first so that it starts nothing again."""
@@ -136,13 +136,13 @@ class RealCluster:
         running = [record.supervisor, *(child.process for child in record.children)]
         for process in running:
             PROCESSES.signal(process, signal.SIGKILL)
-        until(lambda: all(PROCESSES.identity(process.pid) != process for process in running), within_s=10)
+        until(lambda: all(PROCESSES.identity(process.pid) != process for process in running), within_s=60)
 
     def server_states(self) -> list[str]:
         """`up`, `down` ... of every data server, in order."""
         return [server["state"] for server in self.json("status")["servers"]]
 
-    def wait_all_up(self, within_s: float = 20) -> None:
+    def wait_all_up(self, within_s: float = 60) -> None:
         """Until every data server and the mount answer again."""
         until(lambda: set(self.server_states()) == {"up"}, within_s)
         if self.record().mount:

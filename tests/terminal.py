@@ -52,7 +52,7 @@ class Terminal:
         """Press keys; `\\r` is Enter, `\\t` Tab, `\\x03` Ctrl-C, `\\x04` Ctrl-D."""
         os.write(self._fd, keys.encode())
 
-    def expect(self, what: str, within_s: float = 20.0) -> str:
+    def expect(self, what: str, within_s: float = 60) -> str:
         """Wait until `what` is shown after everything expected before; returns what came up to its end."""
         deadline_s = time.monotonic() + within_s
         while (found := self.text.find(what, self._seen)) < 0:
@@ -62,7 +62,7 @@ class Terminal:
         self._seen = found + len(what.removesuffix("\n"))
         return self.text[begin : self._seen]
 
-    def expect_all(self, *what: str, within_s: float = 20.0) -> None:
+    def expect_all(self, *what: str, within_s: float = 60) -> None:
         """Wait until all of these are shown, in whatever order."""
         begin, end = self._seen, self._seen
         for each in what:
@@ -90,7 +90,7 @@ class Terminal:
         self._raw += piece
         return bool(piece)
 
-    def wait(self, within_s: float = 20.0) -> int:
+    def wait(self, within_s: float = 60) -> int:
         """The exit code, once the program has ended."""
         deadline_s = time.monotonic() + within_s
         while self.process.poll() is None:

@@ -74,7 +74,7 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(TIMEOUT_S)
-    until(lambda: not any(_runs(pid) for pid in pids), within_s=30)
+    until(lambda: not any(_runs(pid) for pid in pids), within_s=60)
 
 
 def _runs(pid: int) -> bool:

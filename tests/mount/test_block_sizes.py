@@ -187,4 +187,4 @@ def test_a_thousand_tiny_blocks_and_their_rotation(tiny: RealCluster) -> None:
         """Blocks of the file on all servers: three of each, once what was cut off is freed."""
         return sum(block["inode"] == inode for server in range(4) for block in tiny.json("contents", server))
 
-    until(lambda: listed() == 3 * sum(len({e["block"] for e in slot["extents"]}) for slot in slots), within_s=30)
+    until(lambda: listed() == 3 * sum(len({e["block"] for e in slot["extents"]}) for slot in slots), within_s=60)

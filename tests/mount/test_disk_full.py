@@ -132,7 +132,7 @@ def test_full_servers_are_written_round_and_when_all_are_full_the_application_is
     one_server_is_full(disks)
     for server in (0, 2):
         disks.memory(server, SMALL)
-    until(lambda: disks.server(0)["bytes_free"] < SMALL, within_s=5)
+    until(lambda: disks.server(0)["bytes_free"] < SMALL, within_s=60)
     all_servers_are_full(disks)
 
 
@@ -141,8 +141,8 @@ def one_server_is_full(disks: Disks) -> None:
     cluster = disks.cluster
     first = random.Random(1).randbytes(90 * MiB)
     store(cluster.mnt / "first", first)
-    until(lambda: says_full(disks, 1), within_s=10)
-    until(lambda: disks.server(0)["bytes_used"] > SMALL, within_s=10)
+    until(lambda: says_full(disks, 1), within_s=60)
+    until(lambda: disks.server(0)["bytes_used"] > SMALL, within_s=60)
     status = cluster.json("status")
     assert status["health"] == "degraded" and status["owed"] > 0
     assert [server["state"] for server in status["servers"]] == ["up"] * 3
@@ -152,7 +152,7 @@ def one_server_is_full(disks: Disks) -> None:
     cluster.drop_caches()
     assert (cluster.mnt / "first").read_bytes() == first
     os.unlink(cluster.mnt / "first")
-    until(lambda: disks.server(1)["bytes_used"] < 5 * MiB and not disks.troubles(1), within_s=40)
+    until(lambda: disks.server(1)["bytes_used"] < 5 * MiB and not disks.troubles(1), within_s=60)
 
 
 def says_full(disks: Disks, server: int) -> bool:
@@ -168,15 +168,15 @@ def all_servers_are_full(disks: Disks) -> None:
     store(cluster.mnt / "kept", kept)
     assert error_of(lambda: store(cluster.mnt / "too big", rng.randbytes(60 * MiB))) == errno.ENOSPC
     assert error_of(lambda: store(cluster.mnt / "late", rng.randbytes(8 * MiB))) == errno.ENOSPC
-    until(lambda: sum(says_full(disks, server) for server in range(3)) >= 2, within_s=10)
+    until(lambda: sum(says_full(disks, server) for server in range(3)) >= 2, within_s=60)
     assert cluster.server_states() == ["up"] * 3
     cluster.drop_caches()
     assert (cluster.mnt / "kept").read_bytes() == kept
     (cluster.mnt / "too big").unlink()
     (cluster.mnt / "late").unlink()
     # What was committed is freed. Blocks of writes that failed stay until there is reconcile: a small file fits.
-    until(lambda: all(disks.server(server)["bytes_used"] < 50 * MiB for server in range(3)), within_s=40)
-    until(lambda: error_of(lambda: store(cluster.mnt / "again", again)) is None, within_s=40)
+    until(lambda: all(disks.server(server)["bytes_used"] < 50 * MiB for server in range(3)), within_s=60)
+    until(lambda: error_of(lambda: store(cluster.mnt / "again", again)) is None, within_s=60)
     cluster.drop_caches()
     assert (cluster.mnt / "again").read_bytes() == again
     assert (cluster.mnt / "kept").read_bytes() == kept
@@ -219,18 +219,18 @@ def no_room_even_for_the_index(disks: Disks, before: bytes) -> None:
     pid = cluster.pid("data-1")
     store(cluster.mnt / "deleted", bytes(BLOCKS * 16 * KiB))
     # A heartbeat tells: until then the status counts what was there before.
-    until(lambda: disks.server(1)["blocks"] >= BLOCKS, within_s=10)
+    until(lambda: disks.server(1)["blocks"] >= BLOCKS, within_s=60)
     blocks = disks.server(1)["blocks"]
-    until((disks.folder(1) / "spare").exists, within_s=10)
+    until((disks.folder(1) / "spare").exists, within_s=60)
     with filled_to_the_last_byte(disks.folder(1)):
         store(cluster.mnt / "small", b"small" * 1000)
         assert disks.server(1)["state"] == "up"
         read_from_that_one_alone(disks, before)
         (cluster.mnt / "deleted").unlink()
-        until(partial(has_at_most, disks, blocks - BLOCKS // 2), within_s=30)
-    until(lambda: not disks.troubles(1) and disks.server(1)["state"] == "up", within_s=30)
+        until(partial(has_at_most, disks, blocks - BLOCKS // 2), within_s=60)
+    until(lambda: not disks.troubles(1) and disks.server(1)["state"] == "up", within_s=60)
     cluster.wait_all_up()
-    until(lambda: stored_on_all(cluster, "after", before), within_s=20)
+    until(lambda: stored_on_all(cluster, "after", before), within_s=60)
     assert (cluster.mnt / "small").read_bytes() == b"small" * 1000
     assert cluster.pid("data-1") == pid
 
@@ -255,15 +255,15 @@ def read_only_when_the_server_starts(disks: Disks, before: bytes) -> None:
     """It says so, the others go on at once, and it comes when its folder can be written."""
     cluster = disks.cluster
     cluster.kill("data-1")
-    until(lambda: is_possible("mount", "-o", "remount,ro", disks.folder(1)), within_s=10)
+    until(lambda: is_possible("mount", "-o", "remount,ro", disks.folder(1)), within_s=60)
     began_s = time.monotonic()
     store(cluster.mnt / "meanwhile", before)
     assert time.monotonic() - began_s < 10
-    until(lambda: "Read-only file system" in cluster.logs(), within_s=20)
+    until(lambda: "Read-only file system" in cluster.logs(), within_s=60)
     assert disks.server(1)["state"] == "down"
     run("mount", "-o", "remount,rw", disks.folder(1))
     cluster.wait_all_up()
-    until(lambda: stored_on_all(cluster, "at last", before), within_s=20)
+    until(lambda: stored_on_all(cluster, "at last", before), within_s=60)
 
 
 def segments_deleted_under_the_running_server(disks: Disks, before: bytes) -> None:
@@ -271,11 +271,11 @@ def segments_deleted_under_the_running_server(disks: Disks, before: bytes) -> No
     cluster = disks.cluster
     for segment in (disks.folder(1) / "segments").iterdir():
         segment.unlink()
-    until(lambda: "from other servers" in disks.troubles(1), within_s=10)
+    until(lambda: "from other servers" in disks.troubles(1), within_s=60)
     assert disks.server(1)["state"] == "up"
     cluster.drop_caches()
     assert (cluster.mnt / "before").read_bytes() == before
-    until(lambda: stored_on_all(cluster, "new", before), within_s=20)
+    until(lambda: stored_on_all(cluster, "new", before), within_s=60)
 
 
 def stored_on_all(cluster: RealCluster, name: str, data: bytes) -> bool:
@@ -284,27 +284,35 @@ def stored_on_all(cluster: RealCluster, name: str, data: bytes) -> bool:
     return {replica["state"] for replica in replicas(cluster, "/" + name)} == {"ok"}
 
 
+def store_small_files(cluster: RealCluster) -> float:
+    """The seconds that takes."""
+    began_s = time.monotonic()
+    for number in range(20):
+        store(cluster.mnt / f"small {number}", b"%d" % number)
+    return time.monotonic() - began_s
+
+
 def test_a_disk_that_hangs_is_gone_round_within_seconds_and_serves_again_when_it_answers(disks: Disks) -> None:
     cluster, rng = disks.cluster, random.Random(3)
     disks.ext4(1)
     cluster.up("--servers", 3)
     before = rng.randbytes(10 * MiB)
     store(cluster.mnt / "before", before)
+    usual_s = store_small_files(cluster)
     disks.freeze(1)
     meanwhile = rng.randbytes(10 * MiB)
     began_s = time.monotonic()
     store(cluster.mnt / "meanwhile", meanwhile)
     first_s = time.monotonic() - began_s
-    until(lambda: disks.server(1)["state"] == "down", within_s=15)
-    began_s = time.monotonic()
-    for number in range(20):
-        store(cluster.mnt / f"small {number}", b"%d" % number)
-    later_s = time.monotonic() - began_s
+    until(lambda: disks.server(1)["state"] == "down", within_s=60)
+    later_s = store_small_files(cluster)
     assert (cluster.mnt / "before").read_bytes() == before
-    assert first_s < 15 and later_s < 5, f"{first_s:.1f} s while it was found out, {later_s:.1f} s afterwards"
+    assert first_s < 15, f"{first_s:.1f} s while it was found out"
+    # Each would wait for seconds; what the machine has to do besides costs the same with all servers.
+    assert later_s < 5 + 2 * usual_s, f"{later_s:.1f} s afterwards, {usual_s:.1f} s before"
     disks.thaw(1)
-    until(lambda: disks.server(1)["state"] == "up", within_s=20)
+    until(lambda: disks.server(1)["state"] == "up", within_s=60)
     cluster.drop_caches()
     assert (cluster.mnt / "before").read_bytes() == before
     assert (cluster.mnt / "meanwhile").read_bytes() == meanwhile
-    until(lambda: stored_on_all(cluster, "after", before), within_s=20)
+    until(lambda: stored_on_all(cluster, "after", before), within_s=60)

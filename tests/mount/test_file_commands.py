@@ -298,7 +298,7 @@ def test_an_interrupted_put_leaves_nothing_half_done_and_ends_soon(three: RealCl
     command = [sys.executable, "-m", "mendfs.cli.main", "put", "-r", str(source), "/interrupted"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     there = three.mnt / "interrupted"
-    until(lambda: there.exists() and any(name.startswith(".mendfs-put-") for name in os.listdir(there)), within_s=30)
+    until(lambda: there.exists() and any(name.startswith(".mendfs-put-") for name in os.listdir(there)), within_s=60)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in err

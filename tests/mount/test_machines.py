@@ -72,7 +72,7 @@ class Machines(Hosts):
 
     def wait_all_up(self) -> None:
         """Until every data server answers."""
-        until(lambda: [server["state"] for server in self.servers().values()] == ["up"] * len(DATA), 30)
+        until(lambda: [server["state"] for server in self.servers().values()] == ["up"] * len(DATA), 60)
 
     def close(self) -> None:
         """Stop all of it; a mount left over is taken away."""
@@ -195,7 +195,7 @@ def test_a_data_server_that_comes_back_under_another_address_is_used_there(machi
     content = (machines.mnt / "file").read_bytes()
     assert machines.data["d0"].end(signal.SIGINT) == 0
     machines.begin_data("d0", port=7005).wait_for("registered with the meta server")
-    until(lambda: machines.servers()[0]["address"] == machines.address("d0", 7005), 10)
+    until(lambda: machines.servers()[0]["address"] == machines.address("d0", 7005), 60)
     # The other two go: what is read now comes from the new address.
     for name in ("d1", "d2"):
         assert machines.data[name].end() == 0
@@ -254,7 +254,7 @@ def test_a_copy_goes_on_over_seconds_without_a_connection(machines: Machines) ->
 
 def test_everything_stops_in_order_and_starts_again(machines: Machines) -> None:
     machines.must("client", "umount", "mnt")
-    assert machines.mount.process.wait(20) == 0
+    assert machines.mount.process.wait(60) == 0
     machines.begin_mount().wait_for("ready on")
     (machines.mnt / "last").write_bytes(b"flushed by the stop")
     assert machines.mount.end(signal.SIGTERM) == 0

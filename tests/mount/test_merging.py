@@ -48,7 +48,7 @@ def test_a_file_rewritten_in_4_kib_pieces_by_two_threads_ends_in_few_extents(clu
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda half: rewrite(path, data, order[half::2], half), range(2)))
     written = path.stat()
-    until(lambda: max(counts(cluster, path)) <= EXTENTS_MAX, within_s=30)
+    until(lambda: max(counts(cluster, path)) <= EXTENTS_MAX, within_s=60)
     after = path.stat()
     assert (after.st_size, after.st_blocks) == (len(data), stored)
     assert (after.st_mtime_ns, after.st_ctime_ns) == (written.st_mtime_ns, written.st_ctime_ns)
@@ -68,9 +68,9 @@ def test_a_file_rewritten_in_4_kib_pieces_by_two_threads_ends_in_few_extents(clu
     # One mount has left the slot crowded and is gone; another one that reads the file mends it.
     assert counts(cluster, path)[0] > EXTENTS_MAX
     assert path.read_bytes() == data
-    until(lambda: counts(cluster, path)[0] <= EXTENTS_MAX, within_s=30)
+    until(lambda: counts(cluster, path)[0] <= EXTENTS_MAX, within_s=60)
     assert path.read_bytes() == data
-    until(lambda: held(cluster) == named(cluster, path), within_s=30)
+    until(lambda: held(cluster) == named(cluster, path), within_s=60)
 
 
 def held(cluster: RealCluster) -> int:

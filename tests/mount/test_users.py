@@ -136,7 +136,7 @@ def test_a_mount_whose_process_died_is_cleaned(theirs: UsersCluster, user: Ordin
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"here\n"
         os.kill(mount_process(theirs, path), signal.SIGKILL)
-        until(lambda: b"not connected" in user.run(["ls", path]).stderr, within_s=10)
+        until(lambda: b"not connected" in user.run(["ls", path]).stderr, within_s=60)
         if way == "mount":
             theirs.mendfs("mount", path)
             user.check("ls", path)
@@ -150,9 +150,9 @@ def test_a_mount_whose_process_died_is_cleaned(theirs: UsersCluster, user: Ordin
 def test_the_supervisor_mounts_again_what_was_killed(theirs: UsersCluster, user: OrdinaryUser) -> None:
     before = theirs.pid("mount")
     theirs.kill("mount")
-    until(lambda: theirs.pid("mount") != before and theirs.process("mount"), within_s=20)
+    until(lambda: theirs.pid("mount") != before and theirs.process("mount"), within_s=60)
     # The bare folder can be listed too, for the moment between the dead mount and the new one.
-    until(lambda: user.run(["ls", theirs.mnt]).returncode == 0 and device.find_mount(str(theirs.mnt)), within_s=20)
+    until(lambda: user.run(["ls", theirs.mnt]).returncode == 0 and device.find_mount(str(theirs.mnt)), within_s=60)
     process = theirs.process("mount")
     assert process is not None
     assert PROCESSES.identity(process.pid) == process

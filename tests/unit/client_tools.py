@@ -56,7 +56,7 @@ def parameters(**changes: Any) -> Parameters:
     return msgspec.structs.replace(volume, **changes)
 
 
-async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.005)

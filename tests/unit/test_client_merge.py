@@ -35,7 +35,7 @@ async def counts(volume: Volume, inode: Inode) -> list[int]:
     return [len(each.extents) for each in await volume.where(inode, verify=False)]
 
 
-async def until_merged(volume: Volume, inode: Inode, within_s: float = 10.0) -> None:
+async def until_merged(volume: Volume, inode: Inode, within_s: float = 30.0) -> None:
     async with asyncio.timeout(within_s):
         while max(await counts(volume, inode)) > merging.EXTENTS_MAX:
             await asyncio.sleep(0.01)

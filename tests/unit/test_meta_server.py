@@ -56,7 +56,7 @@ def new_world() -> World:
     return World(TcpNetwork(), LocalDisk(), random.Random(1), time.time_ns)
 
 
-async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.01)

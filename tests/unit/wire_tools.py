@@ -49,7 +49,7 @@ async def pair(address: str, handler: Handler, client_handler: Handler = say_don
         yield peer
 
 
-async def until(condition: Callable[[], Any], within_s: float = 5.0) -> None:
+async def until(condition: Callable[[], Any], within_s: float = 30.0) -> None:
     """Wait until `condition` holds."""
     async with asyncio.timeout(within_s):
         while not condition():
