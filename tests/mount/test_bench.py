@@ -11,7 +11,7 @@ from tests.real_cluster import RealCluster
 
 KINDS = {"latency", "throughput", "files"}
 RATIO_MAX = 1.5
-TRIES = 5
+TRIES = 10
 
 
 def test_everything_is_measured_and_nothing_left_behind(real: RealCluster) -> None:
