@@ -5,7 +5,7 @@ is the same whoever computes it and a read never has to know what is older. Offs
 the name says otherwise.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -88,6 +88,22 @@ def _laid(older: Sequence[Extent], newer: Sequence[Extent]) -> list[Extent]:
             result.append(rest)
     result.extend(newer[number:])
     return result
+
+
+def hidden(extents: Sequence[Extent], ranges: Iterable[tuple[int, int]]) -> Iterator[Extent]:
+    """Those of a slot's extents that bytes at these ranges (begin, end) of it would hide, wholly or in part.
+
+    Both are sorted and disjoint, and there may be thousands of each.
+    """
+    at = 0
+    for begin, end in ranges:
+        while at < len(extents) and extents[at].end_in_slot <= begin:
+            at += 1
+        while at < len(extents) and extents[at].offset_in_slot < end:
+            yield extents[at]
+            if extents[at].end_in_slot > end:
+                break  # it may reach into the next range too
+            at += 1
 
 
 def add_cut(cuts: Sequence[Cut], *, number: int, size: int) -> tuple[Cut, ...]:

@@ -5,9 +5,10 @@ import stat
 
 import pytest
 
+from mendfs.client.volume import OpenFile, Volume
 from mendfs.client.writer import SYNCED_MAX
 from mendfs.errors import StoreFull
-from mendfs.model import Inode
+from mendfs.model import Inode, Slot
 from tests.unit.client_tools import Cluster, cluster, write_file
 
 QUORUM = 2
@@ -92,3 +93,64 @@ async def test_a_close_after_a_truncation_to_nothing_leaves_durable_data() -> No
         new = {extent.block for extents in again._file.slots.values() for extent in extents}
         copies = {block: count for (_, block), count in durable_copies(c).items()}
         assert new and all(copies[block] >= QUORUM for block in new)
+
+
+async def overwritten(volume: Volume, file: OpenFile, data: bytes, at: int) -> set[tuple[int, int]]:
+    """The blocks that the slot of `at` names after a write there that nobody syncs."""
+    await file.write(data, at)
+    await file.flush()
+    slot = Slot(at // volume.parameters.block_size)
+    return {(extent.partition, extent.block) for extent in file._file.slots[slot]}
+
+
+async def test_what_hides_durable_bytes_is_durable_before_it_is_committed() -> None:
+    """Else another's fsync could make durable a commit that hides them while its own bytes may still be lost."""
+    async with cluster() as c:
+        volume = await c.client()
+        file = await write_file(volume, b"file", b"old" * 100)
+        await file.fsync()
+        for name in await overwritten(volume, file, b"new", 50):
+            assert durable_copies(c)[name] >= QUORUM
+
+
+async def test_what_another_client_has_written_counts_as_durable() -> None:
+    async with cluster() as c:
+        file = await write_file(await c.client(), b"file", b"old" * 100)
+        await file.flush()
+        volume = await c.client()
+        other = await volume.open_file(file.inode, flags=os.O_RDWR)
+        before = {name for store in c.stores for name in store.blocks}
+        for name in await overwritten(volume, other, b"new", 50) - before:
+            assert durable_copies(c)[name] >= QUORUM
+
+
+async def test_slots_that_nobody_has_looked_at_may_hold_something_durable() -> None:
+    async with cluster() as c:
+        size = c.volume.block_size
+        file = await write_file(await c.client(), b"file", b"old" * 7 * size)
+        await file.fsync()
+        volume = await c.client()
+        other = await volume.open_file(file.inode, flags=os.O_RDWR)
+        at = 20 * size
+        assert Slot(20) not in other._file.slots
+        before = {name for store in c.stores for name in store.blocks}
+        for name in await overwritten(volume, other, b"new", at) - before:
+            assert durable_copies(c)[name] >= QUORUM
+
+
+async def test_new_bytes_and_ones_over_bytes_that_nobody_synced_cost_no_sync() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        size = volume.parameters.block_size
+        file = await write_file(volume, b"file", b"a" * (2 * size + 100))
+        await file.flush()
+        for offset in (100, 2 * size + 50, 2 * size + 200, 3 * size):
+            await file.write(b"b" * 100, offset)
+            await file.flush()
+        assert max(durable_copies(c).values()) == 0
+        await file.fsync()
+        # Behind all that was synced, in its slot and after it.
+        for offset in (3 * size + 100, 4 * size):
+            await file.write(b"c" * 100, offset)
+            await file.flush()
+        assert min(durable_copies(c).values()) == 0

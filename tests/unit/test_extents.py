@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mendfs.extents import add_cut, blocks_in, clip, overlay, plan, punch, stored_bytes
+from mendfs.extents import add_cut, blocks_in, clip, hidden, overlay, part_of, plan, punch, stored_bytes
 from mendfs.model import BlockId, Cut, Extent, Partition
 
 SLOT = 64
@@ -111,3 +111,14 @@ def test_an_extent_in_the_middle_splits_the_older_one() -> None:
 def test_a_cut_before_the_slot_hides_all_of_it() -> None:
     assert clip([extent_of(1, 0, 10, cut=0)], [Cut(1, 5)], slot_start=64) == ()
     assert clip([extent_of(1, 0, 10, cut=1)], [Cut(1, 5)], slot_start=64) == (extent_of(1, 0, 10, cut=1),)
+
+
+@given(st.lists(writes, max_size=12), st.lists(writes, max_size=12))
+def test_what_new_bytes_would_hide_is_what_lies_there(steps: list[Write], new: list[Write]) -> None:
+    extents: tuple[Extent, ...] = ()
+    for block, write in enumerate(steps, start=1):
+        extents = overlay(extents, [extent_of(block, write.offset, write.length)])
+    laid = overlay((), [extent_of(1, write.offset, write.length) for write in new])
+    ranges = [(extent.offset_in_slot, extent.end_in_slot) for extent in laid]
+    touched = {extent for extent in extents for begin, end in ranges if part_of(extent, begin, end)}
+    assert set(hidden(extents, ranges)) == touched

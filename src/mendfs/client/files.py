@@ -18,6 +18,7 @@ import structlog
 from mendfs.client.slot_buffer import SlotBuffer
 from mendfs.client.tasks import Changes
 from mendfs.errors import DeadlineExceeded, MendfsError
+from mendfs.extents import hidden
 from mendfs.model import (
     Attributes,
     BlockId,
@@ -307,6 +308,16 @@ class File:
         if self.attributes is None or version >= self.attributes.version:
             self.attributes = answer.attributes
         self._forget_overwritten(answer.slots)
+
+    def may_hide_durable(self, slot: Slot, ranges: Iterable[tuple[int, int]], *, start: int) -> bool:
+        """Whether bytes written at these ranges of a slot, which begins at `start`, hide some that a power cut leaves.
+
+        What this client has committed and not made durable yet hides nothing durable itself, for it was asked then.
+        """
+        extents = self.slots.get(slot)
+        if extents is None:
+            return self.attributes is None or start < self.attributes.size
+        return any((extent.partition, extent.block) not in self.unsynced for extent in hidden(extents, ranges))
 
     def learn_merged(self, answer: Merged) -> None:
         """The answer to a merge: other extents for the same bytes, of the same version."""

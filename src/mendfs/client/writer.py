@@ -188,7 +188,9 @@ class Writer:
         buffer = generation.buffer
         upload = await self._uploader.prepare(file.inode, buffer.slot, payload, buffer.covered)
         upload.memory = buffer
-        upload.is_synced = generation.is_synced
+        # The commit may become durable with anybody's fsync: if it hid durable bytes before its own were, a power cut
+        # would leave neither.
+        upload.is_synced = generation.is_synced or self._hides_durable(file, buffer)
         # An earlier put of the same bytes may still have them in a connection's buffers.
         upload.is_reusable = generation.attempts == 0
         if generation.done.done():
@@ -196,6 +198,10 @@ class Writer:
             return
         generation.upload = upload
         await self._uploader.store(upload)
+
+    def _hides_durable(self, file: File, buffer: SlotBuffer) -> bool:
+        start = buffer.slot * self._shared.volume.block_size
+        return file.may_hide_durable(buffer.slot, buffer.ranges(), start=start)
 
     def _generation_ended(self, file: File, generation: Generation) -> None:
         self.freeze_waiting(file, generation.buffer.slot)
