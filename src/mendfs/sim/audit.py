@@ -8,12 +8,12 @@ grant a power cut could take back.
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from mendfs.extents import blocks_in
+from mendfs.extents import blocks_in, clip
 from mendfs.kv.memory import MemoryEngine
 from mendfs.kv.optimistic import Writes
 from mendfs.meta import schema
 from mendfs.meta.schema import RANGE_BITS, Kind
-from mendfs.model import BlockId, CommitSequence, Inode, Partition, SessionId, Slot
+from mendfs.model import BlockId, CommitSequence, Inode, Partition, ServerNumber, SessionId, Slot
 from mendfs.sim.content import Node
 from mendfs.world.disk import Disk, File
 
@@ -31,6 +31,8 @@ class AuditedEngine(MemoryEngine):
         """Commits that may not be durable: where in the log they begin and end, and what they wrote."""
         self.durable: dict[bytes, bytes] = {}
         """What would be there after a power cut, at least: read off the disk, whatever the engine believes."""
+        self.has_answered: Callable[[ServerNumber, tuple[Partition, BlockId]], bool] = lambda server, name: True
+        """Whether that server ever answered a put of the block."""
         self.nodes: Mapping[str, Node] = {}
         """The files of the disk it is on."""
         self.violation = _nobody
@@ -94,9 +96,14 @@ class AuditedEngine(MemoryEngine):
 
     def blocks_of(self, inode: Inode, before: CommitSequence) -> list[tuple[Partition, BlockId]]:
         """The blocks an inode's slots name now that were committed at or before `before`."""
+        record, volume = self.read(schema.inode_key(inode)), self.read(schema.VOLUME_KEY)
+        if record is None or volume is None:
+            return []
+        cuts, block_size = schema.INODE.decode(record).cuts, schema.VOLUME.decode(volume).block_size
         named = set()
-        for _, raw in self.read_range(*schema.slots_of(inode, Slot(0)), 1 << 30, False):
-            named |= blocks_in(schema.SLOT.decode(raw))
+        for key, raw in self.read_range(*schema.slots_of(inode, Slot(0)), 1 << 30, False):
+            # What a truncation has cut off is named until the background has been there.
+            named |= blocks_in(clip(schema.SLOT.decode(raw), cuts, slot_start=schema.slot_in(key) * block_size))
         born = {name: self.read(schema.block_key(*name)) for name in named}
         return sorted(name for name, raw in born.items() if raw and schema.BLOCK.decode(raw).born <= before)
 
@@ -105,6 +112,8 @@ class AuditedEngine(MemoryEngine):
     def _audit(self, writes: Writes, sequence: int) -> None:
         for key, value in writes.items():
             if value is None:
+                if key[:1] == Kind.OWED:
+                    self._check_late(key, writes)
                 continue
             match key[:1]:
                 case Kind.RANGE:
@@ -132,9 +141,23 @@ class AuditedEngine(MemoryEngine):
         raw = self.read(schema.VOLUME_KEY)
         assert raw is not None, "blocks come after the volume"
         volume = schema.VOLUME.decode(raw)
-        owed = sum(other[:1] == Kind.OWED and other[5:] == key[1:] for other in writes)
-        if volume.replicas - owed < volume.write_quorum:
-            self.violation(f"block {key[5:13].hex()} was committed with {volume.replicas - owed} acknowledgements")
+        row = self.read(schema.row_key(Partition(int.from_bytes(key[1:5], "big"))))
+        assert row is not None, "a commit names partitions that there are"
+        name = (Partition(int.from_bytes(key[1:5], "big")), BlockId(int.from_bytes(key[5:13], "big")))
+        owed = {schema.owed_in(other)[0] for other in writes if other[:1] == Kind.OWED and other[5:] == key[1:]}
+        have = {entry.server for entry in schema.ROW.decode(row)} - owed
+        if len(have) < volume.write_quorum:
+            self.violation(f"block {name[1]:#x} was committed with {len(have)} acknowledgements")
+        for server in sorted(have):
+            if not self.has_answered(server, name):
+                self.violation(f"block {name[1]:#x} is not owed to server {server}, which never stored it")
+
+    def _check_late(self, key: bytes, writes: Writes) -> None:
+        server, partition, block = schema.owed_in(key)
+        if schema.block_key(partition, block) in writes or self.read(key) is None:
+            return  # the block goes, and its debts with it
+        if not self.has_answered(server, (partition, block)):
+            self.violation(f"block {block:#x} is owed to server {server} no more, which never stored it")
 
 
 def _nobody(text: str) -> None:

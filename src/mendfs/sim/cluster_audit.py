@@ -63,6 +63,10 @@ class ClusterAudit:
         finally:
             vars(data_server)["open_store"] = real
 
+    def watch_metadata(self, engine: AuditedEngine) -> None:
+        """Compare what its commits say of data servers with what these have answered."""
+        engine.has_answered = lambda server, name: self._servers[server].audit.has_answered(name)
+
     def watch_client(self, client: str, volume: Volume) -> None:
         """Look at what a client counts as durable."""
         durability = volume._durability

@@ -190,6 +190,7 @@ class MetaMachine(Machine):
         assert isinstance(engine, AuditedEngine), "open makes one of its own class"
         engine.violation, engine.nodes = self.violation, self.disk.nodes
         self.engine = engine
+        self.cluster.audit.watch_metadata(engine)
         if await read_volume(engine) is None:
             await format_volume(engine, self._parameters, world)
         server = self.server = await start_meta(world, engine, MetaOptions(listen=META_ADDRESS), self.cluster.secret)

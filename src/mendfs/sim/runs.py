@@ -10,7 +10,7 @@ import structlog
 
 from mendfs.client.volume import Volume
 from mendfs.errors import MendfsError
-from mendfs.kv.memory import MemoryEngine
+from mendfs.kv.optimistic import Pairs
 from mendfs.meta import ranges, schema
 from mendfs.model import Attributes, Inode
 from mendfs.promises import check_metadata
@@ -26,6 +26,9 @@ from mendfs.sim.workload import Workload
 CLIENTS = 3
 SETTLE_S = 60.0
 """After the faults: every lease, deadline and grace has passed."""
+FREED_WITHIN_S, FREED_STEP_S = 120, 5
+"""How long what is free may wait for its freeing after that, and how often it is looked."""
+QUEUES = (schema.Kind.CUTTING, schema.Kind.UNLINKED, schema.Kind.DROP, schema.Kind.DEAD)
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,16 +153,26 @@ class Run:
         await self.appends.check(client)
         for each in self.replaced:
             await each.check(client, final=True)
-        self._check_metadata()
-
-    def _check_metadata(self) -> None:
-        server = self.sim.meta.server
-        assert server is not None, "it was started"
-        engine = server.state.engine
-        assert isinstance(engine, MemoryEngine), "machines are given one"
-        pairs = engine.read_range(b"\0\xff", b"\xff", 1 << 30, False)
-        for problem in check_metadata(pairs):
+        await self._check_freed()
+        for problem in check_metadata(self._pairs(b"\0\xff", b"\xff")):
             self.driver.violation(problem)
+        for machine in sim.data:
+            machine.audit.check_inventory()
+
+    def _pairs(self, begin: bytes, end: bytes) -> Pairs:
+        engine = self.sim.meta.engine
+        assert engine is not None, "it was started"
+        return engine.read_range(begin, end, 1 << 30, False)
+
+    async def _check_freed(self) -> None:
+        """Nothing waits to be freed for ever: no session has anything unlinked open any more."""
+        left: list[bytes] = []
+        for _ in range(FREED_WITHIN_S // FREED_STEP_S):
+            left = [key for kind in QUEUES for key, _ in self._pairs(*schema.all_of(kind))]
+            if not left:
+                return
+            await asyncio.sleep(FREED_STEP_S)
+        self.driver.violation(f"{len(left)} keys wait to be freed {FREED_WITHIN_S} s after everything, as {left[0]!r}")
 
     async def _check_names(self, client: ClientMachine) -> None:
         workload = self.workload

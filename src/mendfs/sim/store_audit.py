@@ -9,7 +9,7 @@ power cut could bring back. Everything is computed here anew; nothing of the sto
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mendfs.blocks import page_checksums, root_of
+from mendfs.blocks import block_digest, page_checksums, root_of
 from mendfs.data import schema
 from mendfs.data.record import decode_record, head_length
 from mendfs.data.schema import Entry, Fence, Name
@@ -39,6 +39,8 @@ class StoreAudit:
         """Answered as stored and not known as durable, and under which incarnation."""
         self._durable: set[Name] = set()
         """Answered as durable."""
+        self._answered: set[Name] = set()
+        """Ever answered as stored, whatever became of it."""
         self._deleted: set[Name] = set()
         """Ordered to be deleted: ids are not used again, but a put of one may still be under way."""
         self._store: Store | None = None
@@ -87,6 +89,10 @@ class StoreAudit:
         entry = self._find(name)
         return entry is not None and entry.is_good
 
+    def has_answered(self, name: Name) -> bool:
+        """Whether a put of this block was ever answered: else the metadata owes the server a copy."""
+        return name in self._answered
+
     def is_durable(self, name: Name) -> bool:
         """Whether a block would be there after a power cut; what cannot be said now counts as durable."""
         if self.is_excused or self._store is None:
@@ -99,6 +105,27 @@ class StoreAudit:
             return False
         end = entry.offset + self._record_bytes(entry)
         return node.durable[entry.offset : end] == node.content[entry.offset : end]
+
+    def check_inventory(self) -> None:
+        """The sums that mending compares by are those of what the index holds."""
+        if self._store is None:
+            return
+        sums: dict[tuple[int, int], tuple[int, int]] = {}
+        for (partition, block), entry in self._entries():
+            if entry.is_good:
+                at = (partition, schema.id_range_of(block))
+                count, digest = sums.get(at, (0, 0))
+                digest += block_digest(self._volume.id, partition, block, entry.root)
+                sums[at] = (count + 1, digest % (1 << 128))
+        begin, end = schema.KIND_INVENTORY, schema.after(schema.KIND_INVENTORY)
+        stored = {
+            schema.inventory_of(key): (total.blocks, total.digest)
+            for key, raw in self._engine().read_range(begin, end, 1 << 30, False)
+            if (total := schema.decode_sum(raw)).blocks or total.digest
+        }
+        if sums != stored:
+            wrong = sorted(sums.items() ^ stored.items())[0][0]
+            self._say(f"has an inventory of partition {wrong[0]}, id range {wrong[1]} that is not what it holds")
 
     # --- listening -------------------------------------------------------------------------------
 
@@ -137,6 +164,7 @@ class StoreAudit:
             setattr(store, attribute, audited)
 
     def _put_answered(self, store: Store, name: Name, incarnation: Incarnation) -> None:
+        self._answered.add(name)
         if store is not self._store or self.is_excused or name in self._deleted:
             return
         if not self.holds(name):
