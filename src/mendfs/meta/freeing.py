@@ -110,6 +110,16 @@ async def opened_unlinked(tx: Transaction, session: SessionId, inodes: tuple[Ino
     return tuple([inode for inode in inodes if await tx.get(schema.open_unlinked_key(inode, session)) is not None])
 
 
+async def reclaim_unlinked(tx: Transaction, session: SessionId, inodes: tuple[Inode, ...]) -> None:
+    """The session has these open: those that have lost their last name stay. Before it is known to have reclaimed.
+
+    Whoever unlinked them since the server's start could not know who had them open.
+    """
+    for inode in inodes:
+        if await tx.get(schema.unlinked_key(inode)) is not None:
+            tx.put(schema.open_unlinked_key(inode, session), b"")
+
+
 async def close_unlinked(tx: Transaction, session: SessionId, inodes: tuple[Inode, ...]) -> None:
     """The session has these open no more."""
     for inode in inodes:

@@ -23,7 +23,7 @@ log = structlog.get_logger("meta")
 GONE_WITHIN_S = 1.0
 """For a data server's earlier connection to show that it lives: less than the new one waits for its answer."""
 CLOSED_MAX = 60
-"""Closes of unlinked inodes noted in one transaction."""
+"""Opens or closes of unlinked inodes noted in one transaction."""
 
 
 class Registry:
@@ -129,6 +129,9 @@ class Registry:
                 seen=request.sequence_seen,
                 survived=survived,
             )
+        for start in range(0, len(request.opens), CLOSED_MAX):
+            part = request.opens[start : start + CLOSED_MAX]
+            await run(self._state.engine, freeing.reclaim_unlinked, session.id, part)
         session.peer, session.reclaimed = peer, True
         session.deadline_s = asyncio.get_running_loop().time() + LEASE_S
         peer.context = session
