@@ -192,12 +192,13 @@ class Names:
         # No commit of older data may pass the truncation: with the lock held nothing new sets out.
         await self._writer.wait_for_commits(file)
         caller.check()
-        had_data = file.size > 0
         with self._writer.cutting(file):
             attributes = (await caller.certain(send())).attributes
             self._writer.clip(file, size)
         file.learn(attributes)
-        if size == 0 and had_data:
+        if size == 0:
+            # Whatever size is known here: another client may have written, or nothing is known yet, for the file is
+            # just being opened with O_TRUNC.
             file.was_emptied = True
             file.unsynced.clear()
         return file.shown(attributes)
