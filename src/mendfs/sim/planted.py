@@ -5,6 +5,7 @@ Each replaces one function of production code by one that lacks a safety rule of
 """
 
 import asyncio
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from mendfs.data import syncing
 from mendfs.kv.engine import run
 from mendfs.meta import background, blocks, commit, freeing, ranges, registry, server, sessions
 from mendfs.meta import truncate as truncation
+from mendfs.sim.planted_edits import EDITS, edited
 
 Patch = tuple[Any, str, Any]
 """Object, attribute, replacement."""
@@ -140,6 +142,7 @@ PLANTED: dict[str, Callable[[], list[Patch]]] = {
     "verification-skipped": _verification_skipped,
     "request-done-twice": _request_done_twice,
     "index-believed-past-checkpoint": _index_believed_past_the_checkpoint,
+    **{name: edited(name) for name in EDITS},
 }
 
 
@@ -147,7 +150,7 @@ PLANTED: dict[str, Callable[[], list[Patch]]] = {
 def planted(name: str) -> Iterator[None]:
     """While in here production code has this bug."""
     patches = PLANTED[name]()
-    before = [(thing, attribute, getattr(thing, attribute)) for thing, attribute, _ in patches]
+    before = [(thing, attribute, inspect.getattr_static(thing, attribute)) for thing, attribute, _ in patches]
     for thing, attribute, replacement in patches:
         setattr(thing, attribute, replacement)
     try:

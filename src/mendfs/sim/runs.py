@@ -15,12 +15,14 @@ from mendfs.meta import ranges, schema
 from mendfs.model import Attributes, Inode
 from mendfs.promises import check_metadata
 from mendfs.sim import audit
+from mendfs.sim.drills.run import run_drills
 from mendfs.sim.driver import Driver
 from mendfs.sim.faults import PROFILES, Breaker, Fault, Losses, Profile, draw_plan
 from mendfs.sim.file_session import files_actor
 from mendfs.sim.machines import ClientMachine
 from mendfs.sim.scenario import Shape, Simulation
 from mendfs.sim.sharing import Appends, Replaced, race_for_names, use_unlinked_files
+from mendfs.sim.tree_actor import TreeActor
 from mendfs.sim.workload import Workload
 
 CLIENTS = 3
@@ -69,6 +71,7 @@ class Run:
         self.plan: list[Fault] = []
         self.appends: Appends
         self.replaced: list[Replaced] = []
+        self.tree: TreeActor
 
     async def main(self, plan: list[Fault] | None) -> None:
         """All of it."""
@@ -92,7 +95,8 @@ class Run:
             Replaced(workload, b"config", by_rename=True),
             Replaced(workload, b"rewritten", by_rename=False),
         ]
-        workload.on_meta_lost = [each.meta_lost for each in self.replaced]
+        self.tree = TreeActor(workload)
+        workload.on_meta_lost = [self.tree.meta_lost, *(each.meta_lost for each in self.replaced)]
         actors = [
             *(workload.names_actor() for _ in range(2)),
             *(files_actor(workload) for _ in range(3)),
@@ -101,6 +105,7 @@ class Run:
             *(each.reader() for each in self.replaced),
             race_for_names(workload),
             use_unlinked_files(workload),
+            self.tree.actor(),
         ]
         tasks = [sim.loop.create_task(actor) for actor in actors]
         breaking = sim.loop.create_task(self.breaker.run(self.plan))
@@ -116,6 +121,8 @@ class Run:
             task.result()
         await asyncio.sleep(SETTLE_S)
         await self._check()
+        if not self.profile.is_ruinous:
+            await run_drills(sim, driver.violation, random.Random(sim.rng.getrandbits(64)))
 
     def _server_lost(self, server: str) -> None:
         self.workload.server_lost(server, quorum=self._quorum())
@@ -151,6 +158,7 @@ class Run:
             if file is not None:
                 await workload.check_content(client, file, adopt=False, final=True)
         await self.appends.check(client)
+        await self.tree.check(client)
         for each in self.replaced:
             await each.check(client, final=True)
         await self._check_freed()
