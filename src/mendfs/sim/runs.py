@@ -8,6 +8,8 @@ import time
 import msgspec
 import structlog
 
+from mendfs.client import ids
+from mendfs.client.ids import FETCH_BELOW
 from mendfs.client.volume import Volume
 from mendfs.errors import MendfsError
 from mendfs.kv.optimistic import Pairs
@@ -244,6 +246,10 @@ def draw_ranges(rng: random.Random) -> None:
     for module in (schema, ranges, audit):
         module.RANGE_BITS = bits  # type: ignore[attr-defined] # each has imported the constant under this name
     ranges.RANGE_IDS = 1 << bits  # type: ignore[attr-defined] # as above
+    # In the same proportion to a range as it is for users, mostly. The whole number is more than a session may hold of
+    # short ranges, so its clients ask for more and are refused five times a second: a fifth of all that happens in such
+    # a run, and the same each time.
+    ids.FETCH_BELOW = FETCH_BELOW if rng.random() < 0.2 else 1 << bits >> 2
 
 
 def simulate(
