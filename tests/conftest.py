@@ -6,6 +6,7 @@ import signal
 import subprocess
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import warm
@@ -17,6 +18,12 @@ __all__ = ["cluster"]
 # replaced itself; a child that touches the mount before (to close a file of it, or to enter it) would wait for ever.
 subprocess._USE_VFORK = False  # type: ignore[misc]  # the documented switch (subprocess, "vfork")
 
+
+# How long an example takes, or is thought up, says what else the machine does.
+hypothesis.settings.register_profile(
+    "mendfs", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("mendfs")
 
 # Whoever runs the tests in the background of a shell has SIGINT ignored, and every program inherits that: then Ctrl-C,
 # which some tests press, would end nothing.

@@ -36,11 +36,11 @@ def rewrite(path: Path, data: bytearray, numbers: list[int], seed: int) -> None:
 
 
 def test_a_file_rewritten_in_4_kib_pieces_by_two_threads_ends_in_few_extents(cluster: RealCluster) -> None:
-    """8 slots of 256 pieces each: without merging every slot would have some hundred extents."""
+    """4 slots of 256 pieces each: without merging every slot would have some hundred extents."""
     cluster.up("--servers", "3", "--block-size", "1MiB")
     path = cluster.mnt / "file"
     rng = random.Random(3)
-    data = bytearray(rng.randbytes(8 * MiB))
+    data = bytearray(rng.randbytes(4 * MiB))
     path.write_bytes(data)
     stored = path.stat().st_blocks
     order = list(range(len(data) // PIECE))

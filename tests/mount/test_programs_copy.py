@@ -23,7 +23,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = system_library()
     for package in PACKAGES:
         if (library / package).is_dir():
-            shutil.copytree(library / package, tree / package, symlinks=True)
+            compiled = shutil.ignore_patterns("__pycache__")  # as many files again, of the same kind
+            shutil.copytree(library / package, tree / package, symlinks=True, ignore=compiled)
     (tree / "link").symlink_to("json/decoder.py")
     (tree / "link to a folder").symlink_to("asyncio")
     (tree / "dangling").symlink_to("/nowhere/at/all")
@@ -56,7 +57,7 @@ def test_rsync_copies_once_and_then_finds_nothing_to_do(place: Place, source: Pa
     everything = ("rsync", "-aHAX", "--numeric-ids", "--itemize-changes", "--modify-window=-1")
     sent = lines(place.run(*everything, f"{source}/", f"{copy}/"))
     expected = digests(source)
-    assert len(sent) >= len(expected) > 150
+    assert len(sent) >= len(expected) > 90
     assert digests(copy) == expected
     assert place.run(*everything, f"{source}/", f"{copy}/") == ""
     assert place.run(*everything, "--checksum", f"{source}/", f"{copy}/") == ""

@@ -17,7 +17,7 @@ def count(tree: Tree) -> int:
     return 1 + sum(map(count, tree))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TREES, st.integers(1, 20), st.integers(0, 3))
 def test_a_family_finishes_once_after_everything_below_it(tree: Tree, workers: int, pauses: int) -> None:
     order: list[tuple[int, ...]] = []

@@ -3,7 +3,7 @@
 import asyncio
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128_digest
 
@@ -30,7 +30,6 @@ async def summed(blocks: list[tuple[Partition, BlockId]], gone: int = 0) -> tupl
     return await inventory.sums(engine, PARTITIONS)
 
 
-@settings(deadline=None)
 @given(BLOCKS, st.randoms(use_true_random=False), st.integers(0, 30))
 def test_sums_depend_on_what_is_held_only(
     blocks: list[tuple[Partition, BlockId]], rng: random.Random, gone: int

@@ -65,7 +65,7 @@ class Model:
         return pairs[:limit]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(STEPS)
 def test_interleaved_transactions_behave_as_if_each_ran_alone(steps: list[tuple[Any, ...]]) -> None:
     """What a transaction reads is the state at its beginning and its own writes, or a Conflict; commits are atomic."""

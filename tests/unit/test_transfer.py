@@ -333,7 +333,7 @@ async def test_buffers_of_the_pool_come_back_also_when_the_reader_is_cancelled(f
         assert POOL.kept_bytes >= before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rot=st.lists(st.sets(st.integers(0, PAGES - 1), max_size=6), min_size=1, max_size=4),
     rotten_checksums=st.sets(st.integers(0, 3)),
