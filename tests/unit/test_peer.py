@@ -337,6 +337,8 @@ async def test_when_a_connection_ends_everybody_is_told(address: str) -> None:
         assert server.address in str(results[0])
         await until(lambda: len(stopped) == 3 and len(closed) == 2)
         assert peer.is_closed and peer.closed.is_set() and not server.peers
+        # A quarter of a MiB each, in objects that refer to each other: it must not wait for the garbage collector.
+        assert not peer._scratch and not remote._scratch
         assert set(closed) == {peer, remote}
         with pytest.raises(Unreachable):
             await peer.call(Ping(), deadline_s=30)

@@ -246,6 +246,7 @@ class Peer(FrameReader):
         self.is_closed = self._is_held = True
         if self._reason is None:
             self._reason = Unreachable(f"the connection to {self.remote_address} ended{f' ({exc})' if exc else ''}")
+        self.let_go()
         self._outbox.close()
         self._requests.cancel_all()
         self._calls.fail_all(self._ended)

@@ -61,6 +61,11 @@ class FrameReader(asyncio.BufferedProtocol):
         scratch[:waiting] = self._scratch[self._start : self._end]
         self._scratch, self._start, self._end = scratch, 0, waiting
 
+    def let_go(self) -> None:
+        """Nothing is fed any more: give the memory back now, for a connection is often part of a reference cycle."""
+        self._scratch = memoryview(b"")
+        self._start = self._end = 0
+
     def discard_payload(self, request_id: int) -> None:
         """If the payload that is arriving belongs to `request_id`, write no more of it anywhere."""
         if self._payload_left and self._header is not None and self._header.request_id == request_id:
