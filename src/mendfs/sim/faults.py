@@ -30,7 +30,8 @@ class Fault(msgspec.Struct, frozen=True):
     duration_s: float = 0.0
     draw: int = 0
     moment: str = "now"
-    """now; sending: when the target next sends something, which is lost; written: when its disk has done something."""
+    """now; sending: when the target next sends something, which is lost; written: when its disk has done something;
+    synced: when an application was told that what it has written is durable."""
 
     def __str__(self) -> str:
         link = f" - {self.other}" if self.other else ""
@@ -108,6 +109,8 @@ def draw_plan(profile: Profile, rng: random.Random, *, servers: int, clients: in
         moments = ["now"]
         if base.startswith(("kill", "power", "reset", "half_open")):
             moments = ["now", "sending", "sending", "written"]
+        if base.startswith("power"):
+            moments += ["synced", "synced"]
         moment = rng.choice(moments)
         if base in ("reset", "half_open") and moment != "now":
             # What is lost matters most on the way from the meta server: an answer to a change that was made.
@@ -201,6 +204,8 @@ class Breaker:
 
         if fault.moment == "sending":
             self._sim.network.when_sending[target] = happens
+        elif fault.moment == "synced":
+            self._sim.when_synced.append(happens)
         else:
             self._machines[target].disk.when_written = happens
         await asyncio.wait([come], timeout=MOMENT_S_MAX)

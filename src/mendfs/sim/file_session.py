@@ -5,19 +5,26 @@ all, a sync durable; an error or a death leaves open what has happened.
 """
 
 import asyncio
+import errno
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from mendfs.client.space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from mendfs.client.volume import OpenFile, Volume
 from mendfs.model import CommitSequence, Inode
 from mendfs.sim.driver import Outcome
 from mendfs.sim.loop import Process
 from mendfs.sim.machines import ClientMachine
-from mendfs.sim.model import FILE_BYTES_MAX, Event, FileState
+from mendfs.sim.model import FILE_BYTES_MAX, Content, Event, FileState
 from mendfs.sim.workload import Workload
 
+PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+ZERO = FALLOC_FL_ZERO_RANGE
+ZERO_INSIDE = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
 WRITE_BYTES_MAX = 20_000
+STALE = b"\xaa"
+"""What memory holds that nobody has written to: a read must fill all that it answers for."""
 READ_AGAIN_TIMES = 6
 READ_AGAIN_S = 15.0
 """Between tries to read what could not be read: faults last 30 s at most, and rarely is everything broken at once."""
@@ -37,6 +44,9 @@ async def files_actor(workload: Workload) -> None:
             async with workload.lock(file):
                 if workload.is_settled(file):
                     await _session(workload, client, file)
+                if workload.rng.random() < 0.2 and not file.is_unsure:
+                    # Closed: whoever opens it next sees that, whatever they have cached of it.
+                    await workload.check_content(workload.client(), file, adopt=False)
 
 
 async def _session(workload: Workload, client: ClientMachine, file: FileState) -> None:
@@ -74,8 +84,14 @@ class FileSession:
         self._life = self._client.process
         append = self._rng.random() < 0.15
         flags = os.O_RDWR | (os.O_APPEND if append else 0)
-        outcome = await self._call("open", lambda volume: volume.open_file(Inode(self._file.inode), flags=flags))
+        if self._rng.random() < 0.07:
+            flags |= os.O_TRUNC
+            self._written.append(Event(self._client.name, 0, None))
+        what = "open and empty" if flags & os.O_TRUNC else "open"
+        outcome = await self._call(what, lambda volume: volume.open_file(Inode(self._file.inode), flags=flags))
         if not outcome.is_ok:
+            if flags & os.O_TRUNC:
+                self._uncertain()
             if outcome.errno and self._losses == self._workload.meta_losses:
                 self._workload.driver.violation(f"open of {self._file.label}: {outcome}")
             return
@@ -106,13 +122,24 @@ class FileSession:
         self._workload.leave_alone(self._file)
 
     async def _step(self, opened: OpenFile, *, append: bool) -> bool:
-        step = self._rng.choices(["write", "read", "truncate", "fsync"], [6, 4, 1, 2])[0]
-        if step == "write":
-            return await self._write(opened, append=append)
-        if step == "read":
-            return await self._read(opened)
-        if step == "truncate":
-            return await self._truncate()
+        match self._rng.choices(
+            ["write", "read", "truncate", "fsync", "allocate", "seek", "stat", "beside"],
+            [6, 4, 1, 2, 1.5, 0.7, 0.5, 0.5],
+        )[0]:
+            case "write":
+                return await self._write(opened, append=append)
+            case "read":
+                return await self._read(opened)
+            case "truncate":
+                return await self._truncate()
+            case "allocate":
+                return await self._allocate(opened)
+            case "seek":
+                return await self._seek(opened)
+            case "stat":
+                return await self._stat()
+            case "beside":
+                return await self._beside()
         return await self._fsync(opened)
 
     async def _write(self, opened: OpenFile, *, append: bool) -> bool:
@@ -128,6 +155,78 @@ class FileSession:
         self._written.append(event)
         return self._continues(outcome)
 
+    def _view(self) -> Content:
+        """What this client must see."""
+        view = self._file.now.copy()
+        for event in self._written:
+            view.apply(event, is_certain=True)
+        return view
+
+    def _doubt(self, problem: str) -> None:
+        self._doubts.append(f"{self._client.name} {self._file.label}: {problem}")
+
+    async def _allocate(self, opened: OpenFile) -> bool:
+        """fallocate: room, a hole, or zeros."""
+        size = self._view_size()
+        mode = self._rng.choice([0, PUNCH, ZERO, ZERO_INSIDE])
+        offset = self._rng.randrange(0, max(1, min(FILE_BYTES_MAX - WRITE_BYTES_MAX, size + 3000)))
+        end = min(FILE_BYTES_MAX, offset + self._rng.choice([1, 700, 4096, 8192, self._rng.randrange(1, 20_000)]))
+        begin = size if mode == 0 else offset
+        upto = min(end, size) if mode in (PUNCH, ZERO_INSIDE) else end
+        if begin < upto:
+            self._written.append(Event(self._client.name, begin, bytes(upto - begin)))
+        self._answered = self._workload.operations
+        what = f"allocate {end - offset} at {offset} with mode {mode:#x} of"
+        return self._continues(await self._call(what, lambda _: opened.allocate(mode, offset, end - offset)))
+
+    async def _seek(self, opened: OpenFile) -> bool:
+        """SEEK_DATA passes nothing but zeros, SEEK_HOLE ends at a zero."""
+        whence = self._rng.choice([os.SEEK_DATA, os.SEEK_HOLE])
+        offset = self._rng.randrange(0, self._view_size() + 10)
+        outcome = await self._call(f"seek {whence} from {offset} in", lambda _: opened.seek(offset, whence))
+        is_answer = outcome.is_ok or outcome.errno == errno.ENXIO
+        if not is_answer or self._is_disturbed() or self._had_error:
+            return not outcome.has_died
+        view = self._view()
+        if view.alternatives or view.size_min != view.size_max:
+            return True
+        size, content = view.size_min, view.certain
+        if not outcome.is_ok:
+            if offset < size and (whence == os.SEEK_HOLE or any(content[offset:size])):
+                self._doubt(f"seek {whence} from {offset} of {size} bytes found nothing")
+            return True
+        found = outcome.value
+        is_right = offset <= found <= size and offset < size
+        if whence == os.SEEK_DATA:
+            is_right = is_right and found < size and not any(content[offset:found])
+        else:
+            is_right = is_right and (found == size or content[found] == 0)
+        if not is_right:
+            self._doubt(f"seek {whence} from {offset} of {size} bytes found {found}")
+        return True
+
+    async def _stat(self) -> bool:
+        """The size, with what is not flushed."""
+        outcome = await self._call("stat", lambda volume: volume.attributes(Inode(self._file.inode)))
+        if outcome.is_ok and not (self._is_disturbed() or self._had_error):
+            problem = self._view().problem_with_size(outcome.value.size)
+            if problem is not None:
+                self._doubt(problem)
+        return not outcome.has_died
+
+    async def _beside(self) -> bool:
+        """Another descriptor of the same client: POSIX, so it sees what nobody has flushed."""
+        outcome = await self._call(
+            "open beside", lambda volume: volume.open_file(Inode(self._file.inode), flags=os.O_RDONLY)
+        )
+        if not outcome.is_ok:
+            return not outcome.has_died
+        opened: OpenFile = outcome.value
+        alive = await self._read(opened)
+        if alive:
+            alive = not (await self._call("close beside", lambda _: opened.release())).has_died
+        return alive
+
     def _view_size(self) -> int:
         size = self._file.now.size_max
         for event in self._written:
@@ -138,7 +237,7 @@ class FileSession:
         size = self._view_size()
         offset = self._rng.randrange(0, size + 1)
         length = self._rng.randrange(1, 12_000)
-        buffer = bytearray(length)
+        buffer = bytearray(STALE * length)
         outcome = await self._call(
             f"read {length} at {offset} of", lambda _: opened.read_into(memoryview(buffer), offset)
         )
@@ -149,9 +248,7 @@ class FileSession:
         if self._is_disturbed() or self._had_error:
             return True
         count = outcome.value
-        view = self._file.now.copy()
-        for event in self._written:
-            view.apply(event, is_certain=True)
+        view = self._view()
         wanted = max(0, min(offset + length, view.size_min) - offset)
         problem = view.problem_with(bytes(buffer[:count]), offset)
         if count < wanted or offset + count > max(view.size_max, offset):
@@ -200,6 +297,7 @@ class FileSession:
             # Whatever happened before: nobody told this descriptor of an error, so all of it is durable now.
             self._commit_written()
             self._file.synced(self._client.name)
+            self._workload.driver.sim.fsynced()
             self._workload.changed(self._client.name, self._answered)
             self._workload.synced(self._client.name)
             self._losses = self._workload.meta_losses

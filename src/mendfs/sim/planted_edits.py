@@ -13,7 +13,7 @@ from mendfs import extents, transfer
 from mendfs.client import append, commits, durability, files, ids, merge, names, open_file, opens, reader, space, writer
 from mendfs.client import session as client_session
 from mendfs.data import append as data_append
-from mendfs.data import copying, index, recovery, scanning, store, syncing
+from mendfs.data import copying, index, recovery, scanning, store
 from mendfs.kv import optimistic
 from mendfs.meta import (
     attributes,
@@ -47,7 +47,7 @@ class Edit(NamedTuple):
     old: str
     new: str
     elsewhere: tuple[Any, ...] = ()
-    """Modules that have imported the function under the same name."""
+    """Modules that have imported the function, with the name if it is another there."""
 
     def patches(self) -> list[Patch]:
         """What is replaced by what."""
@@ -60,7 +60,9 @@ class Edit(NamedTuple):
         made: dict[str, Any] = {}
         # Annotations of classes that are being made are strings in no module but this one's copy.
         exec("from __future__ import annotations\n" + source.replace(self.old, self.new), function.__globals__, made)
-        return [(thing, self.attribute, made[self.attribute]) for thing in (self.thing, *self.elsewhere)]
+        places = [(self.thing, self.attribute)]
+        places += [each if isinstance(each, tuple) else (each, self.attribute) for each in self.elsewhere]
+        return [(thing, attribute, made[self.attribute]) for thing, attribute in places]
 
 
 EDITS: dict[str, list[Edit]] = {
@@ -122,14 +124,6 @@ EDITS: dict[str, list[Edit]] = {
     ],
     "inventory-not-counted-out": [Edit(index.Index, "_take", "if old.is_good:", "if False:")],
     "store-never-syncs-by-itself": [Edit(store.Store, "_tend", "await self.sync()", "pass")],
-    "punch-before-sync": [
-        Edit(
-            syncing.Syncing,
-            "punch_after_sync",
-            "self._dead.append((segment, offset, length))",
-            "_punch_all([(segment, offset, length)])",
-        )
-    ],
     "delete-leaves-index": [
         Edit(
             store.Store,
@@ -224,7 +218,9 @@ EDITS: dict[str, list[Edit]] = {
     ],
     "sessions-never-end": [Edit(sessions.Sessions, "due", "if session.deadline_s < at_s]", "if False]")],
     "lease-counts-own-pause": [Edit(sessions.Sessions, "due", "at_s - before > OWN_PAUSE_S", "False")],
-    "ended-session-keeps-ranges": [Edit(ranges, "end", 'tx.delete(schema.range_key("block", index))', "pass", ())],
+    "ended-session-keeps-ranges": [
+        Edit(ranges, "end", 'tx.delete(schema.range_key("block", index))', "pass", ((background, "end_session"),))
+    ],
     "ended-session-keeps-opens": [
         Edit(background, "close_session", "await run(state.engine, _forget_opens, session.id)", "pass"),
         Edit(background, "_sweep_opens", "[:90]", "[:0]"),

@@ -70,6 +70,8 @@ class Simulation:
         )
         self.data = [DataMachine(self, number) for number in range(shape_now.servers)]
         self.clients: list[ClientMachine] = []
+        self.when_synced: list[Callable[[], None]] = []
+        """What happens as soon as the next fsync was answered."""
         self.audit = ClusterAudit(self.meta, self.data, shape_now.write_quorum)
         self._auditing = self.audit.watching_stores()
 
@@ -100,6 +102,12 @@ class Simulation:
             machine.start()
         result: Result = self.loop.run_until_complete(self.loop.create_task(work))
         return result
+
+    def fsynced(self) -> None:
+        """An application was told that what it has written is durable."""
+        happens, self.when_synced = self.when_synced, []
+        for each in happens:
+            each()
 
     def client(self, name: str, work: Any, **options: Any) -> ClientMachine:
         """A client that opens the volume and then runs `work(volume, world)`."""

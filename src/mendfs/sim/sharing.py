@@ -31,7 +31,7 @@ async def read_all(volume: Volume, opened: OpenFile, size: int) -> list[tuple[in
     """All of a file in pieces; None for one that cannot be read."""
     pieces: list[tuple[int, bytes | None]] = []
     for offset in range(0, size, READ_STEP):
-        buffer = bytearray(min(READ_STEP, size - offset))
+        buffer = bytearray(b"\xaa" * min(READ_STEP, size - offset))  # what is not filled is seen
         try:
             count = await opened.read_into(memoryview(buffer), offset)
             pieces.append((offset, bytes(buffer[:count])))

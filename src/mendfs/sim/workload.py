@@ -181,7 +181,7 @@ class Workload:
                 size = opened.attributes.size
                 pieces: list[tuple[int, bytes | MendfsError]] = []
                 for offset in range(0, size, READ_STEP):
-                    buffer = bytearray(min(READ_STEP, size - offset))
+                    buffer = bytearray(b"\xaa" * min(READ_STEP, size - offset))  # what is not filled is seen
                     try:
                         count = await opened.read_into(memoryview(buffer), offset)
                         pieces.append((offset, bytes(buffer[:count])))

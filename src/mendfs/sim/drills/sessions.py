@@ -78,6 +78,9 @@ async def reclaims_are_awaited(yard: Yard) -> None:
     await holder.ask(messages.OpenInode(gone), messages.Opened)
     holder.opens.add(gone)
     await holder.unlink(second)
+    later = await holder.make(third := yard.name())
+    await holder.ask(messages.OpenInode(later), messages.Opened)
+    holder.opens.add(later)
     await holder.ask(messages.SyncLog(), messages.LogSynced)
     holder.silence()
     generation = holder.opened.generation
@@ -93,15 +96,16 @@ async def reclaims_are_awaited(yard: Yard) -> None:
         if yard.engine.read(schema.inode_key(each)) is None:
             yard.wrong("a file was freed before the session that has it open had time to reclaim it")
     await holder.resume()
+    await other.unlink(third)
     await asyncio.sleep(8)
-    for each in (inode, gone):
+    for each in (inode, gone, later):
         if yard.engine.read(schema.inode_key(each)) is None:
             yard.wrong("a file was freed though the session that has it open has reclaimed it")
     if await yard.fetch(holder.row(made)[0], made) != made.data:
         yard.wrong("a block of a file that is open was deleted after a restart")
-    await holder.ask(session_messages.CloseInodes((inode, gone)), session_messages.Done)
+    await holder.ask(session_messages.CloseInodes((inode, gone, later)), session_messages.Done)
     await yard.until(
-        lambda: all(yard.engine.read(schema.inode_key(each)) is None for each in (inode, gone)),
+        lambda: all(yard.engine.read(schema.inode_key(each)) is None for each in (inode, gone, later)),
         FREED_S,
         "unlinked files are freed after their last close",
     )
