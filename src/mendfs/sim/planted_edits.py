@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mendfs import extents, transfer
-from mendfs.client import append, commits, durability, files, ids, merge, names, open_file, opens, reader, space, writer
+from mendfs import extents
+from mendfs.client import append, commits, durability, files, merge, names, open_file, opens, reader, space, writer
 from mendfs.client import session as client_session
 from mendfs.data import append as data_append
 from mendfs.data import copying, index, recovery, scanning, store
@@ -382,14 +382,7 @@ EDITS: dict[str, list[Edit]] = {
     "lost-changes-not-noticed": [
         Edit(client_session.Session, "_begin", "if survived < self.sequence_seen:", "if False:")
     ],
-    "refused-commit-given-up": [
-        Edit(commits.Committer, "_again", "self.on_again(file, generation)", "self.lost(file, generation, error)")
-    ],
-    "append-in-order-lost": [Edit(append.Appender, "_append_piece", "size = moved.size", "size = moved.size + 1")],
     "append-end-unconditional": [Edit(append.Appender, "_message", "append_at=size", "append_at=None")],
-    "lowest-in-flight-too-high": [
-        Edit(ids.IdSupply, "lowest_in_flight", "return self._order[0]", "return self._order[-1] + 1")
-    ],
     "allocate-does-not-grow": [Edit(space.Space, "_grow", "(), (), size,", "(), (), 0,")],
     "bytes-of-another-place": [
         Edit(
@@ -397,14 +390,6 @@ EDITS: dict[str, list[Edit]] = {
             "_plan_stored",
             "piece.offset_in_block, view)",
             "min(piece.offset_in_slot, piece.extent.block_length - piece.length), view)",
-        )
-    ],
-    "one-bad-replica-fails-read": [
-        Edit(
-            transfer,
-            "_race",
-            "while fetch.missing() and (fetch.left or fetch.running):",
-            "while fetch.missing() and fetch.running:",
         )
     ],
     "merge-durability-assumed": [Edit(merge.Merger, "_stored", "upload.is_synced = True", "pass")],

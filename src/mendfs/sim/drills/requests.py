@@ -256,11 +256,11 @@ async def the_log_is_synced(yard: Yard) -> None:
     await session.resume()
     await session.make(second := yard.name())
     await session.make(third := yard.name())
-    await session.ask(messages.SyncLog(), messages.LogSynced)
     noted = yard.engine.last_sequence
-    await session.unlink(third)
+    await session.ask(messages.SyncLog(), messages.LogSynced)
     if yard.engine.synced_sequence < noted:
         yard.wrong("SyncLog was answered before the log was durable")
+    await session.unlink(third)
     noted = yard.engine.last_sequence
     await yard.until(lambda: yard.engine.synced_sequence >= noted, 6, "a change that nobody synced is durable")
     await yard.power(yard.sim.meta)

@@ -5,7 +5,7 @@ import random
 from collections.abc import Awaitable, Callable
 
 from mendfs.errors import MendfsError
-from mendfs.sim.drills import blocks, contents, engines, requests, sessions
+from mendfs.sim.drills import blocks, contents, engines, merging, requests, sessions
 from mendfs.sim.drills.yard import Failed, Yard
 from mendfs.sim.scenario import Simulation
 
@@ -31,7 +31,8 @@ DRILLS: tuple[Callable[[Yard], Awaitable[None]], ...] = (
     contents.closed_is_seen,
     contents.errors_are_told,
     contents.late_servers_are_owed_nothing,
-    contents.crowded_slots_are_merged,
+    merging.crowded_slots_are_merged,
+    contents.open_files_stay,
     contents.lost_answers_are_asked_again,
     requests.a_failed_log_sync_ends_it,
     # Last, for nothing can be expected of the disks afterwards.
