@@ -17,7 +17,7 @@ from mendfs.meta import ranges, schema
 from mendfs.model import Attributes, Inode
 from mendfs.promises import check_metadata
 from mendfs.sim import audit
-from mendfs.sim.drills.run import run_drills
+from mendfs.sim.drills.run import draw_drills, run_drills
 from mendfs.sim.driver import Driver
 from mendfs.sim.faults import PROFILES, Breaker, Fault, Losses, Profile, draw_plan
 from mendfs.sim.file_session import files_actor
@@ -124,7 +124,8 @@ class Run:
         await asyncio.sleep(SETTLE_S)
         await self._check()
         if not self.profile.is_ruinous:
-            await run_drills(sim, driver.violation, random.Random(sim.rng.getrandbits(64)))
+            drills_rng = random.Random(sim.rng.getrandbits(64))
+            await run_drills(sim, driver.violation, drills_rng, draw_drills(drills_rng))
 
     def _server_lost(self, server: str) -> None:
         self.workload.server_lost(server, quorum=self._quorum())
