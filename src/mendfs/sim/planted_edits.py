@@ -5,6 +5,7 @@ and `tests/sim/test_planted.py` plants each once: a bug that is not planted woul
 """
 
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,8 +47,6 @@ class Edit(NamedTuple):
     attribute: str
     old: str
     new: str
-    elsewhere: tuple[Any, ...] = ()
-    """Modules that have imported the function, with the name if it is another there."""
 
     def patches(self) -> list[Patch]:
         """What is replaced by what."""
@@ -60,9 +59,15 @@ class Edit(NamedTuple):
         made: dict[str, Any] = {}
         # Annotations of classes that are being made are strings in no module but this one's copy.
         exec("from __future__ import annotations\n" + source.replace(self.old, self.new), function.__globals__, made)
-        places = [(self.thing, self.attribute)]
-        places += [each if isinstance(each, tuple) else (each, self.attribute) for each in self.elsewhere]
-        return [(thing, attribute, made[self.attribute]) for thing, attribute in places]
+        edited = made[self.attribute]
+        patches: list[Patch] = [(self.thing, self.attribute, edited)]
+        if inspect.ismodule(self.thing):
+            # Whoever has imported the function has it under a name of their own.
+            ours = (name for name in sorted(sys.modules) if name.startswith("mendfs.") and ".sim." not in name)
+            modules = [sys.modules[name] for name in ours if name != "mendfs.promises"]
+            found = [(module, name) for module in modules for name, value in vars(module).items() if value is original]
+            patches += [(module, name, edited) for module, name in found if module is not self.thing]
+        return patches
 
 
 EDITS: dict[str, list[Edit]] = {
@@ -138,9 +143,9 @@ EDITS: dict[str, list[Edit]] = {
     ],
     "generation-not-synced": [Edit(volume, "raise_generation", "await engine.sync()", "pass")],
     "answer-not-stored": [
-        Edit(sessions, "answered_once", "tx.put(key, schema.ANSWER", "(lambda *_: None)(key, schema.ANSWER", (server,))
+        Edit(sessions, "answered_once", "tx.put(key, schema.ANSWER", "(lambda *_: None)(key, schema.ANSWER")
     ],
-    "old-request-done-again": [Edit(sessions, "answered_once", "if at.number < last.number:", "if False:", (server,))],
+    "old-request-done-again": [Edit(sessions, "answered_once", "if at.number < last.number:", "if False:")],
     "session-number-not-synced": [Edit(registry.Registry, "_open_session", "await self._state.sync_log()", "pass")],
     "late-ack-ignored": [Edit(blocks, "acknowledge_late", "tx.delete(schema", "(schema")],
     "late-ack-clears-all": [
@@ -151,22 +156,17 @@ EDITS: dict[str, list[Edit]] = {
             "[tx.delete(schema.owed_key(ServerNumber(n), partition, block)) for n in range(8)]",
         )
     ],
-    "owed-not-written": [
-        Edit(blocks, "add_block", "if entry.server not in acknowledged:", "if False:", (commit, meta_merge))
-    ],
+    "owed-not-written": [Edit(blocks, "add_block", "if entry.server not in acknowledged:", "if False:")],
     "quorum-of-any-servers": [
         Edit(
             blocks,
             "add_block",
             "len(acknowledged.intersection(entry.server for entry in row))",
             "len(acknowledged)",
-            (commit, meta_merge),
         )
     ],
-    "quorum-not-checked": [Edit(blocks, "add_block", "< write_quorum:", "< write_quorum - 1:", (commit, meta_merge))],
-    "id-not-checked": [
-        Edit(ranges, "check_owned", "if raw is None or", "if raw is not None and", (commit, meta_merge))
-    ],
+    "quorum-not-checked": [Edit(blocks, "add_block", "< write_quorum:", "< write_quorum - 1:")],
+    "id-not-checked": [Edit(ranges, "check_owned", "if raw is None or", "if raw is not None and")],
     "extent-without-cut": [Edit(commit._Slots, "change", "cut=self._record.cut_number", "cut=0")],
     "size-set-by-commit": [
         Edit(
@@ -218,9 +218,7 @@ EDITS: dict[str, list[Edit]] = {
     ],
     "sessions-never-end": [Edit(sessions.Sessions, "due", "if session.deadline_s < at_s]", "if False]")],
     "lease-counts-own-pause": [Edit(sessions.Sessions, "due", "at_s - before > OWN_PAUSE_S", "False")],
-    "ended-session-keeps-ranges": [
-        Edit(ranges, "end", 'tx.delete(schema.range_key("block", index))', "pass", ((background, "end_session"),))
-    ],
+    "ended-session-keeps-ranges": [Edit(ranges, "end", 'tx.delete(schema.range_key("block", index))', "pass")],
     "ended-session-keeps-opens": [
         Edit(background, "close_session", "await run(state.engine, _forget_opens, session.id)", "pass"),
         Edit(background, "_sweep_opens", "[:90]", "[:0]"),
@@ -262,7 +260,6 @@ EDITS: dict[str, list[Edit]] = {
             "store_slot",
             "if dropped:",
             "if dropped and len(dropped) > 1:",
-            (commit, meta_merge, freeing, truncate, punch),
         )
     ],
     "dropped-though-named": [
@@ -271,7 +268,6 @@ EDITS: dict[str, list[Edit]] = {
             "store_slot",
             "dropped = blocks_in(stored) - blocks_in(kept)",
             "dropped = blocks_in(stored) - blocks_in(kept[:1])",
-            (commit, meta_merge, freeing, truncate, punch),
         )
     ],
     "merge-over-newer": [
@@ -283,7 +279,7 @@ EDITS: dict[str, list[Edit]] = {
         )
     ],
     "tally-not-counted-out": [
-        Edit(blocks, "forget_block", "tallies.add(partition, block, record.root, sign=-1)", "pass", (freeing,))
+        Edit(blocks, "forget_block", "tallies.add(partition, block, record.root, sign=-1)", "pass")
     ],
     "server-never-down": [Edit(members.Members, "tick", "at_s - m.heard_s > DOWN_AFTER_S", "False")],
     "conflict-not-detected": [

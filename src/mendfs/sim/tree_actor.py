@@ -32,7 +32,8 @@ from mendfs.sim.tree_model import (
 from mendfs.sim.workload import SETTLE_S, Workload
 
 TOP = b"tree"
-NAMES = [b"a", b"b", b"c", b"d", b"long-" + b"e" * 60]
+NAMES = [b"a", b"a!", b"b", b"c", b"long-" + b"e" * 60]
+"""Some begin alike: a listing goes on behind a name, not behind what begins with it."""
 XATTRS = [b"user.one", b"user.two"]
 DEPTH_MAX = 3
 STATES_MAX = 25
@@ -70,7 +71,7 @@ class TreeActor:
         while not workload.is_over and not await self._begin():
             await asyncio.sleep(5.0)
         while not workload.is_over:
-            await asyncio.sleep(self._rng.expovariate(1.5))
+            await asyncio.sleep(self._rng.expovariate(2.0))
             client = workload.client()
             await workload.driver.ready(client)
             if self._is_unsure:
@@ -237,7 +238,7 @@ class TreeActor:
         name, new = rng.choice(NAMES), rng.choice(NAMES)
         at, to = Inode(self._inodes[directory]), Inode(self._inodes[other])
         path, new_path = tree.path(directory, name), tree.path(other, new)
-        match rng.choices(["make", "unlink", "rmdir", "rename", "link", "attributes", "xattr"], [9, 3, 3, 7, 2, 4, 3])[
+        match rng.choices(["make", "unlink", "rmdir", "rename", "link", "attributes", "xattr"], [9, 3, 3, 7, 2, 6, 4])[
             0
         ]:
             case "make":
