@@ -3,6 +3,7 @@
 import asyncio
 import stat
 
+from mendfs.meta import schema
 from mendfs.model import ROOT_INODE
 from mendfs.sim.scenario import Simulation
 
@@ -69,6 +70,40 @@ def test_what_a_failed_sync_left_in_memory_only_is_not_believed_at_the_next_star
             machine.cut_power()
             machine.start()
             await asyncio.sleep(3)
+
+        sim.run(main())
+        assert not sim.problems
+
+
+def test_a_close_that_a_power_cut_of_the_meta_server_takes_does_not_keep_the_file_for_ever() -> None:
+    """The mount had said that it closed an unlinked file, the log had not been synced, and nobody said it again: the
+    file's room was gone until the mount ended (found as a key that was never freed)."""
+    with Simulation(seed=6) as sim:
+
+        async def main() -> None:
+            volume = await sim.open()
+            made = await volume.make(ROOT_INODE, b"f", stat.S_IFREG | 0o644, uid=0, gid=0, open=True)
+            opened = await volume.open_made(made, flags=2)
+            await opened.write(b"x" * 10_000, 0)
+            await volume.unlink(ROOT_INODE, b"f")
+            await opened.fsync()
+            engine = sim.meta.engine
+            assert engine is not None
+            sim.meta.disk.hang()  # what is said from now on is not durable
+            await opened.release()
+            await asyncio.sleep(4)
+            opens = schema.all_of(schema.Kind.OPEN_UNLINKED)
+            assert not engine.read_range(*opens, 10, False), "it was told"
+            for node in sim.meta.disk.nodes.values():
+                node.changes.clear()  # by chance some of it would reach the disk
+            sim.meta.cut_power()
+            sim.meta.disk.unhang()
+            sim.meta.start()
+            await asyncio.sleep(30)
+            engine = sim.meta.engine
+            assert engine is not None
+            for kind in (schema.Kind.OPEN_UNLINKED, schema.Kind.UNLINKED, schema.Kind.DEAD):
+                assert not engine.read_range(*schema.all_of(kind), 10, False)
 
         sim.run(main())
         assert not sim.problems

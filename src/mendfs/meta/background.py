@@ -87,17 +87,8 @@ async def close_session(state: State, session: Session) -> None:
     """End a session: no commit of it can come after, and what only it held open may be freed."""
     await run(state.engine, end_session, session.id, state.world.now_ns())
     state.sessions.remove(session.id)
-    await run(state.engine, _forget_opens, session.id)
+    await run(state.engine, freeing.forget_opens, session.id, frozenset())
     state.work.set()
-
-
-async def _forget_opens(tx: Transaction, session: SessionId) -> None:
-    """Remove the session's opens of unlinked inodes, as many as a transaction takes; `sweep_opens` finds the rest."""
-    removed = 0
-    for key, _ in await tx.range(*all_of(Kind.OPEN_UNLINKED), limit=10_000):
-        if int.from_bytes(key[9:], "big") == session and removed < 90:
-            tx.delete(key)
-            removed += 1
 
 
 async def _sweep_opens(state: State) -> None:

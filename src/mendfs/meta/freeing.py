@@ -6,6 +6,8 @@ first half takes references from blocks, and those without any die into the seco
 resumable transaction; a step that is done twice finds nothing left to do.
 """
 
+from collections.abc import Collection
+
 import msgspec
 
 from mendfs.kv.engine import Transaction
@@ -20,6 +22,8 @@ BLOCKS_DROPPED_A_STEP = 40
 BLOCKS_FORGOTTEN_A_STEP = 10
 """Dead blocks whose keys go in one transaction: block, dead, tally and up to R owed keys each."""
 XATTRS_A_STEP = 90
+OPENS_LOOKED_AT = 10_000
+OPENS_FORGOTTEN_A_STEP = 90
 
 DeadBlock = tuple[CommitSequence, Partition, BlockId]
 
@@ -124,3 +128,15 @@ async def close_unlinked(tx: Transaction, session: SessionId, inodes: tuple[Inod
     """The session has these open no more."""
     for inode in inodes:
         tx.delete(schema.open_unlinked_key(inode, session))
+
+
+async def forget_opens(tx: Transaction, session: SessionId, kept: Collection[Inode]) -> bool:
+    """Remove a session's opens of unlinked inodes but for `kept`, as many as a transaction takes. True if more wait."""
+    stale = [
+        key
+        for key, _ in await tx.range(*schema.all_of(schema.Kind.OPEN_UNLINKED), limit=OPENS_LOOKED_AT)
+        if int.from_bytes(key[9:], "big") == session and schema.number_in(key) not in kept
+    ]
+    for key in stale[:OPENS_FORGOTTEN_A_STEP]:
+        tx.delete(key)
+    return len(stale) > OPENS_FORGOTTEN_A_STEP

@@ -132,6 +132,11 @@ class Registry:
         for start in range(0, len(request.opens), CLOSED_MAX):
             part = request.opens[start : start + CLOSED_MAX]
             await run(self._state.engine, freeing.reclaim_unlinked, session.id, part)
+        # What it has told us it closed may be among what a power cut has taken: then it will not say so again.
+        kept = frozenset(request.opens)
+        while (await run(self._state.engine, freeing.forget_opens, session.id, kept))[0]:
+            pass
+        self._state.work.set()
         session.peer, session.reclaimed = peer, True
         session.deadline_s = asyncio.get_running_loop().time() + LEASE_S
         peer.context = session

@@ -220,7 +220,12 @@ EDITS: dict[str, list[Edit]] = {
     "lease-counts-own-pause": [Edit(sessions.Sessions, "due", "at_s - before > OWN_PAUSE_S", "False")],
     "ended-session-keeps-ranges": [Edit(ranges, "end", 'tx.delete(schema.range_key("block", index))', "pass")],
     "ended-session-keeps-opens": [
-        Edit(background, "close_session", "await run(state.engine, _forget_opens, session.id)", "pass"),
+        Edit(
+            background,
+            "close_session",
+            "await run(state.engine, freeing.forget_opens, session.id, frozenset())",
+            "pass",
+        ),
         Edit(background, "_sweep_opens", "[:90]", "[:0]"),
     ],
     "log-not-synced-by-itself": [Edit(background, "sync_forever", "await state.sync_log()", "pass")],
