@@ -1,5 +1,6 @@
 """fsync in two rounds: what it says is durable is so, data before metadata, whichever way the blocks came."""
 
+import asyncio
 import os
 import stat
 
@@ -9,7 +10,7 @@ from mendfs.client.volume import OpenFile, Volume
 from mendfs.client.writer import SYNCED_MAX
 from mendfs.errors import StoreFull
 from mendfs.model import Inode, Slot
-from tests.unit.client_tools import Cluster, cluster, write_file
+from tests.unit.client_tools import Cluster, cluster, contents, until, write_file
 
 QUORUM = 2
 
@@ -154,3 +155,51 @@ async def test_new_bytes_and_ones_over_bytes_that_nobody_synced_cost_no_sync() -
             await file.write(b"c" * 100, offset)
             await file.flush()
         assert min(durable_copies(c).values()) == 0
+
+
+async def test_what_hides_bytes_that_an_fsync_is_just_making_durable_is_durable_before_it_is_committed() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        size = volume.parameters.block_size
+        file = await write_file(volume, b"f", b"a" * size)
+        await file.flush()
+        hold_syncs, hold_puts = asyncio.Event(), asyncio.Event()
+        for store in c.stores:
+            store.hold_syncs = hold_syncs
+        fsync = asyncio.create_task(file.fsync())
+        await until(lambda: any(store.syncs for store in c.stores))
+        for store in c.stores:
+            store.hold_puts = hold_puts
+        puts = sum(store.puts for store in c.stores)
+        await file.write(b"b" * size, 0)
+        await until(lambda: sum(store.puts for store in c.stores) > puts)
+        hold_syncs.set()
+        await fsync
+        hold_puts.set()
+        await file.flush()
+        for store in c.stores:
+            store.lose_unsynced()
+        assert await contents(await c.client(), file.inode) == b"b" * size
+
+
+async def test_a_close_that_meets_one_more_truncation_leaves_the_next_close_to_make_it_durable() -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        file = await write_file(volume, b"f", b"old")
+        await file.fsync()
+        await volume.set_attributes(file.inode, size=0)
+        await file.write(b"a", 0)
+        await volume._writer.drain(file._file)
+        hold_syncs = asyncio.Event()
+        for store in c.stores:
+            store.hold_syncs = hold_syncs
+        closing = asyncio.create_task(file.flush())
+        await until(lambda: any(store.syncs for store in c.stores))
+        await volume.set_attributes(file.inode, size=0)
+        hold_syncs.set()
+        await closing
+        await file.write(b"b", 0)
+        await file.flush()
+        for store in c.stores:
+            store.lose_unsynced()
+        assert await contents(await c.client(), file.inode) == b"b"

@@ -10,10 +10,10 @@ import pytest
 
 from mendfs.client import session as sessions
 from mendfs.errors import DeadlineExceeded, MendfsError, OperationError
-from mendfs.kv.engine import Engine
+from mendfs.kv.engine import Engine, Transaction
 from mendfs.kv.memory import MemoryEngine
-from mendfs.meta import background
-from mendfs.model import Inode
+from mendfs.meta import background, freeing
+from mendfs.model import Inode, SessionId
 from mendfs.wire.messages.meta import ListDirectory, Listing
 from mendfs.wire.peer import connect
 from tests.unit.client_tools import Cluster, Proxy, cluster, contents, read_all, until, write_file
@@ -286,3 +286,24 @@ async def test_an_unforeseen_error_while_reconnecting_does_not_leave_callers_wai
         async with asyncio.timeout(10):
             await volume.make(Inode(1), b"after", stat.S_IFREG | 0o644, uid=0, gid=0)
         assert failures >= 2
+
+
+async def test_who_unlinks_what_is_just_being_reclaimed_sees_that_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster() as c:
+        volume = await c.client()
+        file = await write_file(volume, b"f", b"data")
+        await file.flush()
+        openers: list[tuple[SessionId, ...]] = []
+        real = freeing.reclaim_unlinked
+
+        async def reclaim_unlinked(tx: Transaction, session: SessionId, inodes: tuple[Inode, ...]) -> None:
+            openers.append(c.meta.state.sessions.of(file.inode))
+            await real(tx, session, inodes)
+
+        monkeypatch.setattr(freeing, "reclaim_unlinked", reclaim_unlinked)
+        await c.meta._server.close()  # type: ignore[union-attr]  # it is running
+        assert c.meta._loops is not None
+        c.meta._loops.cancel()
+        await c.start_meta()
+        await until(lambda: bool(openers))
+        assert all(openers)

@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 
 from mendfs.client import session as sessions
+from mendfs.client.commits import drained
+from mendfs.client.files import File, Generation
+from mendfs.client.slot_buffer import SlotBuffer
 from mendfs.client.space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from mendfs.client.volume import OpenFile, Volume
 from mendfs.errors import DeadlineExceeded, MendfsError, NotReady
+from mendfs.model import Inode, Slot
 from mendfs.wire.messages.meta import Commit, Punch, SetAttributes
+from mendfs.world.buffers import BufferPool
 from tests.unit.client_tools import Cluster, cluster, contents, read_all, until, write_file
 
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -205,3 +210,97 @@ async def test_an_append_whose_time_was_up_gives_its_ids_back() -> None:
         assert await read_all(file) == b"oldlate"
         await appending.write(b"!", 0)
         assert await contents(await c.client(), file.inode) == b"oldlate!"
+
+
+async def test_what_sets_out_while_a_commit_is_not_answered_is_waited_for_too() -> None:
+    """A slot that was held back for a merge: its bytes must not pass the truncation that waits."""
+    file = File(Inode(2))
+    file.is_committing = True
+    waiting = asyncio.create_task(drained(file, None))
+    await asyncio.wait([waiting], timeout=0)
+    file.frozen[Slot(0)] = Generation(SlotBuffer(Slot(0), 4096, BufferPool()))
+    file.is_committing = False
+    file.changes.notify()
+    for _ in range(5):
+        await asyncio.wait([waiting], timeout=0)
+    assert not waiting.done()
+    file.frozen.clear()
+    file.changes.notify()
+    async with asyncio.timeout(1):
+        await waiting
+
+
+async def test_the_kernel_does_not_keep_what_it_read_before_a_late_commit_was_made() -> None:
+    async with one_file(b"old", write_timeout_s=0.3) as (c, volume, file):
+        held = Held(c, Commit)
+        with pytest.raises(MendfsError):
+            await write_and_flush(file, b"late")
+        assert await read_all(file) == b"old"
+        held.is_let_go = True
+        await settled(volume)
+        await until(lambda: not file._file.is_committing)
+        again = await volume.open_file(file.inode, flags=os.O_RDONLY)
+        assert not again.keep_cache
+        await again.release()
+
+
+async def test_an_opening_that_was_interrupted_before_its_truncation_set_out_destroys_nothing() -> None:
+    async with one_file(b"old") as (c, volume, file):
+        held = Held(c, SetAttributes)
+        first = asyncio.create_task(volume.set_attributes(file.inode, size=2))
+        await until(lambda: held.asked > 0)
+        opening = asyncio.create_task(volume.open_file(file.inode, flags=os.O_RDWR | os.O_TRUNC))
+        await asyncio.wait([opening], timeout=0)
+        opening.cancel()
+        await asyncio.wait([opening])
+        held.is_let_go = True
+        await first
+        await settled(volume)
+        await until(lambda: not file._file.lock.locked())
+        assert await contents(await c.client(), file.inode) == b"ol"
+
+
+async def test_who_comes_just_as_the_lock_is_handed_on_has_a_deadline_too() -> None:
+    file = File(Inode(2))
+    await file.take_lock(None)
+    next_one = asyncio.create_task(file.take_lock(None))
+    await asyncio.wait([next_one], timeout=0)
+    file.lock.release()
+    with pytest.raises(DeadlineExceeded):
+        async with asyncio.timeout(5):
+            await file.take_lock(0.01)
+    assert next_one.done()
+
+
+async def test_a_file_that_cannot_be_flushed_keeps_no_other_from_being_flushed() -> None:
+    async with cluster() as c:
+        volume = await c.client(write_timeout_s=0.2, flush_after_s=1000.0)
+        stuck, other = await write_file(volume, b"stuck", b"a"), await write_file(volume, b"other", b"b")
+        await stuck._file.take_lock(None)
+        await other._file.take_lock(None)
+        flushing = asyncio.create_task(volume._writer.flush_everything())
+        await asyncio.wait([flushing], timeout=0)
+        other._file.lock.release()
+        with pytest.raises(DeadlineExceeded):
+            await flushing
+        assert not other._file.is_dirty
+        stuck._file.lock.release()
+
+
+async def test_a_commit_without_a_deadline_is_not_given_up_after_the_hour_that_stands_for_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "BACKOFF_MAX_S", 0.01)
+    async with one_file(b"old") as (c, volume, file):
+        session, late = volume._shared.session, [DeadlineExceeded("an hour is over")]
+        real = session._call
+
+        async def call(peer: Any, message: Any, deadline_s: float) -> object:
+            if isinstance(message, Commit) and late:
+                raise late.pop()
+            return await real(peer, message, deadline_s)
+
+        monkeypatch.setattr(session, "_call", call)
+        await write_and_flush(file, b"new")
+        assert not late
+        assert await contents(await c.client(), file.inode) == b"new"

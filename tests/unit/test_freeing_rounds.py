@@ -120,3 +120,15 @@ def test_blocks_left_behind_while_a_pass_goes_on_wait_for_the_next_one() -> None
     assert made.is_waiting
     assert made.late_range(0.0) is None
     assert made.late_range(RETRY_MIN_S) == (None, dead(9))
+
+
+def test_a_server_that_was_in_no_row_of_a_pass_is_still_asked_for_what_is_left_behind_later() -> None:
+    """Its rows have changed since it refused: what is left behind because it has to wait is not deleted there."""
+    r = Rounds()
+    r.refused(S0, 0.0)
+    r.left_behind()
+    r.took_fresh(dead(1))
+    assert r.late_range(RETRY_MIN_S) is not None
+    r.took_late(None)
+    assert not r.is_waiting
+    assert r.has_refused(S0)

@@ -131,7 +131,8 @@ class Committer:
         answer = fate.result()
         assert isinstance(answer, Committed), "the session has checked it"
         log.warning("a commit was made after its time was up", inode=file.inode, blocks=len(uploads))
-        file.learn_committed(answer)
+        # Since its loss was told, the kernel may have read again what was there before.
+        file.learn_committed(answer, by_kernel=False)
         self._note_unsynced(file, uploads, answer)
         for upload in uploads:
             self._uploader.committed(upload)
@@ -267,14 +268,16 @@ async def drained(file: File, timeout_s: float | None) -> None:
 
     Raises DeadlineExceeded if a commit whose loss was told is not settled within `timeout_s` after that.
     """
-    while file.frozen:
-        await file.changes.wait(None)
-    try:
-        async with asyncio.timeout(timeout_s):
-            while file.is_committing:
-                await file.changes.wait(None)
-    except TimeoutError:
-        raise DeadlineExceeded(f"an earlier commit of inode {file.inode} is not answered yet") from None
+    while file.frozen or file.is_committing:
+        while file.frozen:
+            await file.changes.wait(None)
+        try:
+            async with asyncio.timeout(timeout_s):
+                # What was held back for a merge may set out meanwhile: then there is more to wait for.
+                while file.is_committing and not file.frozen:
+                    await file.changes.wait(None)
+        except TimeoutError:
+            raise DeadlineExceeded(f"an earlier commit of inode {file.inode} is not answered yet") from None
 
 
 async def until_done(generations: list[Generation]) -> None:

@@ -8,7 +8,7 @@ along, as long as nobody else's change lies between.
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from itertools import islice
 from typing import Protocol
 
@@ -172,6 +172,10 @@ class File:
         self.unsynced: dict[BlockName, Unsynced] = {}
         self.was_emptied = False
         """Truncated to nothing since it was last made durable: close must do that first (design section 5)."""
+        self.emptied_count = 0
+        """Truncations to nothing: a close that has waited for durability may have met one more."""
+        self._durability_awaited = 0
+        """Callers that wait for what is committed to become durable."""
 
     @property
     def is_dirty(self) -> bool:
@@ -190,10 +194,8 @@ class File:
 
     async def take_lock(self, timeout_s: float | None) -> None:
         """Raises DeadlineExceeded if whoever has the lock does not give it back in time; None: for ever."""
-        if timeout_s is None or not self.lock.locked():
-            await self.lock.acquire()
-            return
         try:
+            # Even if it looks free: somebody who has waited for it may be about to run.
             async with asyncio.timeout(timeout_s):
                 await self.lock.acquire()
         except TimeoutError:
@@ -312,12 +314,25 @@ class File:
     def may_hide_durable(self, slot: Slot, ranges: Iterable[tuple[int, int]], *, start: int) -> bool:
         """Whether bytes written at these ranges of a slot, which begins at `start`, hide some that a power cut leaves.
 
-        What this client has committed and not made durable yet hides nothing durable itself, for it was asked then.
+        What this client has committed and not made durable yet hides nothing durable itself, for it was asked then. But
+        when somebody waits for it to become durable, it may be that before the bytes that hide it are.
         """
         extents = self.slots.get(slot)
         if extents is None:
             return self.attributes is None or start < self.attributes.size
-        return any((extent.partition, extent.block) not in self.unsynced for extent in hidden(extents, ranges))
+        over = hidden(extents, ranges)
+        if self._durability_awaited:
+            return any(True for _ in over)
+        return any((extent.partition, extent.block) not in self.unsynced for extent in over)
+
+    @contextmanager
+    def durability_awaited(self) -> Iterator[None]:
+        """While somebody waits for what is committed to become durable, and will then say that it is."""
+        self._durability_awaited += 1
+        try:
+            yield
+        finally:
+            self._durability_awaited -= 1
 
     def learn_merged(self, answer: Merged) -> None:
         """The answer to a merge: other extents for the same bytes, of the same version."""

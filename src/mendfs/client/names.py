@@ -144,8 +144,9 @@ class Names:
         file = self._shared.files.find(source.inode)
         if file is None or not (file.is_dirty or file.unsynced):
             return
-        await self._writer.drain(file)
-        await self._durability.sync_data([file])
+        with file.durability_awaited():
+            await self._writer.drain(file)
+            await self._durability.sync_data([file])
 
     async def set_attributes(
         self,
@@ -200,6 +201,7 @@ class Names:
             # Whatever size is known here: another client may have written, or nothing is known yet, for the file is
             # just being opened with O_TRUNC.
             file.was_emptied = True
+            file.emptied_count += 1
             file.unsynced.clear()
         return file.shown(attributes)
 

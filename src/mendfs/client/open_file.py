@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from contextlib import nullcontext
 
 from mendfs.client.append import Appender
 from mendfs.client.durability import Durability
@@ -80,11 +81,13 @@ class OpenFile:
         """What close(2) waits for: W replicas have the data and it is committed. Raises an error not told yet."""
         # The old contents are gone: a power cut must not take the new ones too (design section 5).
         emptied = self._file.was_emptied
-        await self._writer.flush(self._file, synced=emptied)
-        if emptied and self._file.unsynced:
-            await self._durability.sync_data([self._file])
-            self._file.take_error()
-        if emptied:
+        emptied_count = self._file.emptied_count
+        with self._file.durability_awaited() if emptied else nullcontext():
+            await self._writer.flush(self._file, synced=emptied)
+            if emptied and self._file.unsynced:
+                await self._durability.sync_data([self._file])
+                self._file.take_error()
+        if emptied and self._file.emptied_count == emptied_count:
             self._file.was_emptied = False
 
     async def fsync(self, datasync: bool = False) -> None:
@@ -92,13 +95,14 @@ class OpenFile:
         # What was stored before is synced while the rest is stored: mostly the commit then finds all data durable, and
         # is answered after the log's sync. So an fsync takes two rounds, to the data servers and to the meta server.
         changed = self._durability.newest_change
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._durability.sync_data([self._file]))
-                group.create_task(self._writer.drain(self._file, synced=True, logged=True))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        await self._durability.sync_data([self._file])
+        with self._file.durability_awaited():
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._durability.sync_data([self._file]))
+                    group.create_task(self._writer.drain(self._file, synced=True, logged=True))
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            await self._durability.sync_data([self._file])
         await self._durability.sync_log_to(max(changed, self._file.version))
         self._file.take_error()
 

@@ -7,6 +7,7 @@ ended the session: what was in flight is uncertain and fails with it, and a new 
 
 import asyncio
 from collections.abc import Callable
+from math import isinf
 from typing import Protocol, TypeVar
 
 import structlog
@@ -248,7 +249,12 @@ class Session:
             except SessionLost:
                 self._lost(life)
                 raise
-            except (DeadlineExceeded, EngineUnreadable):
+            except DeadlineExceeded:
+                if not isinf(deadline_s):
+                    raise
+                # Only the hour is up that stands for no deadline: what became of the change is still to be asked.
+                await asyncio.sleep(BACKOFF_MAX_S)
+            except EngineUnreadable:
                 raise
             except (Unreachable, NotReady, EngineFailed) as error:
                 await self._pause(peer, error, deadline_s)

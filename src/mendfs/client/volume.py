@@ -8,6 +8,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import structlog
 
@@ -297,6 +298,10 @@ class Volume:
             if truncating is not None:
                 await asyncio.wait([truncating])
             raise
+        except asyncio.CancelledError:
+            if truncating is not None:
+                truncating.cancel()  # what was not sent must not be made; what was goes on
+            raise
         try:
             if truncating is not None:
                 # The kernel asks for the size next.
@@ -339,8 +344,12 @@ class Volume:
 
     async def sync(self) -> None:
         """Everything written so far is durable afterwards, as after syncfs(2)."""
-        await self._writer.flush_everything()
-        await self._durability.sync_all()
+        with ExitStack() as stack:
+            for file in self._shared.files:
+                if file.is_dirty or file.unsynced:
+                    stack.enter_context(file.durability_awaited())
+            await self._writer.flush_everything()
+            await self._durability.sync_all()
 
     async def where(self, inode: Inode, *, verify: bool = True) -> tuple[WhereSlot, ...]:
         """Slots, extents, replicas and their states; with `verify`, every replica is read and checked."""

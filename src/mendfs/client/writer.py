@@ -248,8 +248,14 @@ class Writer:
         for file in files:
             if not file.lock.locked():
                 self.freeze_all(file)
+        errors = []
         for file in files:
-            await self.drain(file)
+            try:
+                await self.drain(file)
+            except MendfsError as error:
+                errors.append(error)  # one that cannot be flushed now must not keep us from waiting for the others
+        if errors:
+            raise errors[0]
 
     def dirty_files(self) -> list[File]:
         """Files with something to commit."""

@@ -129,19 +129,20 @@ class Registry:
                 seen=request.sequence_seen,
                 survived=survived,
             )
+        # First: whoever unlinks something from now on sees whether it is open, whoever has done so is found below.
+        self._state.sessions.closed(session, tuple(session.opens.difference(request.opens)))
+        self._state.sessions.opened(session, request.opens)
         for start in range(0, len(request.opens), CLOSED_MAX):
             part = request.opens[start : start + CLOSED_MAX]
             await run(self._state.engine, freeing.reclaim_unlinked, session.id, part)
         # What it has told us it closed may be among what a power cut has taken: then it will not say so again.
         kept = frozenset(request.opens)
         while (await run(self._state.engine, freeing.forget_opens, session.id, kept))[0]:
-            pass
+            await asyncio.sleep(0)
         self._state.work.set()
         session.peer, session.reclaimed = peer, True
         session.deadline_s = asyncio.get_running_loop().time() + LEASE_S
         peer.context = session
-        self._state.sessions.closed(session, tuple(session.opens.difference(request.opens)))
-        self._state.sessions.opened(session, request.opens)
         return self._opened(session, survived)
 
     async def _renew(self, peer: Peer, request: messages.Renew) -> messages.Renewed:

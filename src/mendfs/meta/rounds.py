@@ -39,7 +39,7 @@ class Rounds:
         """Some blocks were left behind since the present pass began, or the last one."""
         self._refusals: dict[ServerNumber, _Refusal] = {}
         self._have_refused: set[ServerNumber] = set()
-        """Since nothing was left behind: who else has deleted all that was in a round."""
+        """Since nothing was left behind, and those not asked now: who else has deleted all that was in a round."""
 
     @property
     def is_waiting(self) -> bool:
@@ -84,7 +84,8 @@ class Rounds:
         self._late = last
         self._is_passing = last is not None
         if not self.is_waiting:
-            self._have_refused.clear()
+            # Who is not asked now has not deleted what will be left behind next.
+            self._have_refused.intersection_update(self._refusals)
 
     def left_behind(self) -> None:
         """A block of a round was not forgotten, for a server has not deleted it."""
