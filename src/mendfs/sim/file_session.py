@@ -123,8 +123,8 @@ class FileSession:
 
     async def _step(self, opened: OpenFile, *, append: bool) -> bool:
         match self._rng.choices(
-            ["write", "read", "truncate", "fsync", "allocate", "seek", "stat", "beside"],
-            [6, 4, 1, 2, 1.5, 0.7, 0.5, 0.5],
+            ["write", "read", "truncate", "fsync", "allocate", "seek", "stat", "beside", "hurry"],
+            [6, 4, 1, 2, 1.5, 0.7, 0.5, 0.5, 0 if append else 1],
         )[0]:
             case "write":
                 return await self._write(opened, append=append)
@@ -140,6 +140,8 @@ class FileSession:
                 return await self._stat()
             case "beside":
                 return await self._beside()
+            case "hurry":
+                return await self._hurry(opened)
         return await self._fsync(opened)
 
     async def _write(self, opened: OpenFile, *, append: bool) -> bool:
@@ -226,6 +228,29 @@ class FileSession:
         if alive:
             alive = not (await self._call("close beside", lambda _: opened.release())).has_died
         return alive
+
+    async def _hurry(self, opened: OpenFile) -> bool:
+        """Writes over one another, each on its way before the one before has got there: the last one counts."""
+        begin = self._rng.randrange(0, max(1, min(FILE_BYTES_MAX - WRITE_BYTES_MAX, self._view_size() + 100)))
+        events = []
+        for _ in range(self._rng.randrange(2, 6)):
+            offset, length = begin + self._rng.randrange(0, 2000), self._rng.choice([10, 1000, 9000])
+            events.append(Event(self._client.name, offset, self._workload.data(length)))
+        self._written += events
+        self._answered = self._workload.operations
+        pause_s = self._rng.choice([0.0, 0.000_5, 0.005, 0.05])
+
+        async def work(volume: Volume) -> None:
+            flushes = []
+            for event in events:
+                await opened.write(event.data or b"", event.offset)
+                flushes.append(asyncio.get_running_loop().create_task(opened.flush()))
+                await asyncio.sleep(pause_s)  # so that it sets out
+            for ended in await asyncio.gather(*flushes, return_exceptions=True):
+                if isinstance(ended, BaseException):
+                    raise ended
+
+        return self._continues(await self._call(f"write {len(events)} times at {begin} of", work))
 
     def _view_size(self) -> int:
         size = self._file.now.size_max

@@ -338,6 +338,8 @@ async def use_unlinked_files(workload: Workload) -> None:
         wait_s = workload.rng.expovariate(0.1)
 
         async def use(volume: Volume, name: bytes = name, data: bytes = data, wait_s: float = wait_s) -> bytes:
+            session = volume._shared.session
+            life = session._life
             made = await volume.make(ROOT_INODE, name, stat.S_IFREG | 0o600, uid=0, gid=0, open=True)
             opened = await volume.open_made(made, flags=os.O_RDWR)
             try:
@@ -348,6 +350,11 @@ async def use_unlinked_files(workload: Workload) -> None:
                 buffer = bytearray(len(data))
                 count = await opened.read_into(memoryview(buffer), 0)
                 return bytes(buffer[:count])
+            except OperationError as error:
+                if session._life != life:
+                    # Its lease ran out: then nobody had the file open any more.
+                    raise MendfsError("the session was lost meanwhile") from error
+                raise
             finally:
                 await opened.release()
 
