@@ -4,15 +4,18 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mendfs.client import session as sessions
 from mendfs.client.commits import drained
+from mendfs.client.exclusive import Caller, exclusively
 from mendfs.client.files import File, Generation
 from mendfs.client.slot_buffer import SlotBuffer
 from mendfs.client.space import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from mendfs.client.tasks import Tasks
 from mendfs.client.volume import OpenFile, Volume
 from mendfs.errors import DeadlineExceeded, MendfsError, NotReady
 from mendfs.model import Inode, Slot
@@ -304,3 +307,20 @@ async def test_a_commit_without_a_deadline_is_not_given_up_after_the_hour_that_s
         await write_and_flush(file, b"new")
         assert not late
         assert await contents(await c.client(), file.inode) == b"new"
+
+
+async def test_a_change_that_was_ended_before_it_began_gives_the_lock_back() -> None:
+    class Closing(Tasks):
+        def spawn(self, work: Any, *, is_awaited: bool = False) -> "asyncio.Task[Any]":
+            task = super().spawn(work, is_awaited=is_awaited)
+            task.cancel()
+            return task
+
+    async def change(caller: Caller[None]) -> None:
+        raise AssertionError("it is not begun")
+
+    file = File(Inode(2))
+    shared: Any = SimpleNamespace(tasks=Closing(), options=SimpleNamespace(write_timeout_s=None))
+    with pytest.raises(asyncio.CancelledError):
+        await exclusively(shared, file, change)
+    assert not file.lock.locked()

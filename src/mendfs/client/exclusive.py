@@ -24,6 +24,8 @@ class Caller(Generic[Result]):
 
     def __init__(self) -> None:
         self.told: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self.has_begun = False
+        """The task that does the change runs, and gives the lock back itself."""
 
     @property
     def is_gone(self) -> bool:
@@ -63,13 +65,19 @@ async def exclusively(shared: Shared, file: File, work: Callable[[Caller[Result]
     await file.take_lock(shared.options.write_timeout_s)
     caller: Caller[Result] = Caller()
     task = shared.tasks.spawn(_run(file, work, caller))
-    # When the volume is closed it may end before it has begun.
-    task.add_done_callback(lambda _: caller.told.cancel())
+
+    def ended(_: "asyncio.Task[None]") -> None:
+        caller.told.cancel()
+        if not caller.has_begun:
+            file.lock.release()  # the volume is being closed, and whoever waits for the lock must not wait for ever
+
+    task.add_done_callback(ended)
     return await caller.told
 
 
 async def _run(file: File, work: Callable[[Caller[Result]], Awaitable[Result]], caller: Caller[Result]) -> None:
     """With the file's lock held, which it gives back."""
+    caller.has_begun = True
     try:
         result = await work(caller)
     except Exception as error:
