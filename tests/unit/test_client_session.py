@@ -13,6 +13,7 @@ from mendfs.errors import DeadlineExceeded, MendfsError, OperationError
 from mendfs.kv.engine import Engine, Transaction
 from mendfs.kv.memory import MemoryEngine
 from mendfs.meta import background, freeing
+from mendfs.meta.state import State
 from mendfs.model import Inode, SessionId
 from mendfs.wire.messages.meta import ListDirectory, Listing
 from mendfs.wire.peer import connect
@@ -307,3 +308,43 @@ async def test_who_unlinks_what_is_just_being_reclaimed_sees_that_it_is_open(mon
         await c.start_meta()
         await until(lambda: bool(openers))
         assert all(openers)
+
+
+async def freeing_looks_at_everything(c: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a pass that begins after now has ended."""
+    passes = 0
+    real = background.free_once
+
+    async def free_once(state: State) -> bool:
+        nonlocal passes
+        again = await real(state)
+        passes += 1
+        return again
+
+    monkeypatch.setattr(background, "free_once", free_once)
+    c.meta.state.work.set()
+    await until(lambda: passes > 0)
+
+
+async def test_a_file_that_was_unlinked_before_the_answer_to_its_making_came_lives_as_long_as_it_is_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(background, "FREE_EVERY_S", 0.01)
+    async with proxied() as (c, proxy):
+        volume, other = await c.client(proxy.address), await c.client()
+        await volume._shared.inodes.take()
+        proxy.is_swallowing = True
+        making = asyncio.create_task(volume.make(Inode(1), b"f", stat.S_IFREG | 0o644, uid=0, gid=0, open=True))
+        async with asyncio.timeout(10):
+            while b"f" not in await names(c):
+                await asyncio.sleep(0.005)
+        proxy.is_refusing = True
+        proxy.cut()
+        await other.unlink(Inode(1), b"f")
+        proxy.is_refusing = proxy.is_swallowing = False
+        file = await volume.open_made(await making, flags=os.O_RDWR)
+        await freeing_looks_at_everything(c, monkeypatch)
+        await file.write(b"data", 0)
+        await file.fsync()
+        assert await read_all(file) == b"data"
+        await file.release()

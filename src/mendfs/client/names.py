@@ -86,10 +86,14 @@ class Names:
                     at, parent, name, inode, mode, uid, gid, now_ns, rdev=rdev, target=target, open=open
                 )
 
+            if open:
+                self._opens.making(inode)
             try:
                 return await self._change(build)
-            except CommitRefused:
-                if attempt == REFUSED_MAX - 1:
+            except BaseException as error:
+                if open:
+                    self._opens.not_made(inode, error)
+                if not isinstance(error, CommitRefused) or attempt == REFUSED_MAX - 1:
                     raise
             finally:
                 self._shared.inodes.settle(inode)

@@ -12,7 +12,7 @@ from typing import Any
 from mendfs.client.files import File, Files
 from mendfs.client.session import Session
 from mendfs.client.tasks import Tasks
-from mendfs.errors import MendfsError
+from mendfs.errors import CommitRefused, MendfsError, OperationError
 from mendfs.model import Inode
 from mendfs.wire.messages.meta import Opened, OpenInode
 from mendfs.wire.messages.session import CloseInodes, Done
@@ -32,12 +32,25 @@ class Opens:
         self._telling: set[Inode] = set()
         self._told = asyncio.Event()
         self._open: set[Inode] = set()
+        self._making: set[Inode] = set()
         self._opening: Counter[Inode] = Counter()
 
     @property
     def inodes(self) -> tuple[Inode, ...]:
-        """Every inode that a descriptor has open."""
-        return tuple(self._open)
+        """Every inode that a descriptor has open, or will when the answer to its making comes."""
+        return tuple(self._open | self._making)
+
+    def making(self, inode: Inode) -> None:
+        """It is being made and opened at once. Its answer may be lost, and it unlinked by another client meanwhile: a
+        session that resumed without it would let it go. `opened` or `not_made` follows.
+        """
+        self._making.add(inode)
+
+    def not_made(self, inode: Inode, error: BaseException) -> None:
+        """Nobody here has it open; unless the server has refused to make it, it may believe so."""
+        self._making.discard(inode)
+        if not isinstance(error, OperationError | CommitRefused):
+            self._closed.add(inode)
 
     async def open(self, inode: Inode) -> tuple[File, bool]:
         """Open an inode: fresh attributes and extents. Returns the file, and whether the kernel may keep its pages."""
@@ -71,6 +84,7 @@ class Opens:
         """One more descriptor of an inode that the meta server knows to be open."""
         file.opens += 1
         self._open.add(file.inode)
+        self._making.discard(file.inode)
         self._closed.discard(file.inode)
 
     def closed(self, file: File) -> None:
