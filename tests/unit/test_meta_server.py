@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mendfs.errors import CommitRefused, Fenced, NotReady, OperationError, SessionLost, UsageError
+from mendfs.errors import CommitRefused, Fenced, NotReady, OperationError, SessionLost, Unreachable, UsageError
 from mendfs.kv.engine import Engine
 from mendfs.kv.memory import MemoryEngine
 from mendfs.meta import background, registry
@@ -300,6 +300,19 @@ async def test_after_a_restart_a_session_resumes_and_repeats_what_was_in_flight(
         assert not state.in_grace(asyncio.get_running_loop().time())
         assert await again.ask(request) == done
         assert len((await again.ask(messages.GetExtents(inode, Slot(0), 1))).slots) == 1
+
+
+async def test_what_an_earlier_connection_delivers_late_does_not_count() -> None:
+    async with running() as cluster:
+        await cluster.register_all()
+        client = await cluster.client()
+        inode = (await client.create(b"f", open=True)).inode
+        again = await Client.connect(cluster.world, cluster.server.address)
+        resume = session_messages.ResumeSession(client.opened.session, (inode,), client.opened.sequence)
+        await again.ask(resume)
+        with pytest.raises(Unreachable):
+            await client.ask(session_messages.CloseInodes((inode,)))
+        assert cluster.server.state.sessions.of(inode) == (client.opened.session,)
 
 
 async def test_a_lost_connection_makes_a_server_suspect_and_silence_makes_it_down() -> None:

@@ -50,12 +50,15 @@ class Registry:
         }
 
     def session_of(self, peer: Peer) -> Session:
-        """The living session that opened or resumed on this connection. Raises SessionLost."""
+        """The living session that opened or resumed on this connection. Raises SessionLost, Unreachable."""
         session = peer.context
         if not isinstance(session, Session):
             raise SessionLost("no session was opened on this connection")
         if self._state.sessions.get(session.id) is not session:
             raise SessionLost(f"session {session.id} has ended: its lease ran out")
+        if session.peer is not peer:
+            # What a broken network delivers late, such as the close of what was opened again since, must not count.
+            raise Unreachable(f"session {session.id} goes on over another connection")
         return session
 
     def peer_closed(self, peer: Peer) -> None:
