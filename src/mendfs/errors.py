@@ -127,6 +127,12 @@ class CommitRefused(MendfsError):
     code = "commit_refused"
 
 
+class ChangesLost(MendfsError):
+    """The meta server stopped before it had synced what this depends on."""
+
+    code = "changes_lost"
+
+
 class AppendMoved(MendfsError):
     """An append would leave its slot: prepare it again at `size`."""
 

@@ -64,6 +64,10 @@ class Durability:
         if self._count > UNSYNCED_MAX:
             self._sync_in_background()
 
+    def made_durable(self, file: File) -> None:
+        """All of it is, and whoever has asked for that is told of what was lost before."""
+        self._shared.files.went_back.discard(file.inode)
+
     @property
     def has_unsynced(self) -> bool:
         """Whether any block of this client may be lost in a power cut."""

@@ -17,7 +17,7 @@ import structlog
 
 from mendfs.client.slot_buffer import SlotBuffer
 from mendfs.client.tasks import Changes
-from mendfs.errors import DeadlineExceeded, MendfsError
+from mendfs.errors import ChangesLost, DeadlineExceeded, MendfsError
 from mendfs.extents import hidden
 from mendfs.model import (
     Attributes,
@@ -385,6 +385,14 @@ class Files:
         self._files: OrderedDict[Inode, File] = OrderedDict()
         self.watch: SlotWatch | None = None
         """Told of every slot that is learnt of."""
+        self.went_back: set[Inode] = set()
+        """Changes of these were lost by the meta server, and nobody was told yet."""
+
+    def tell_went_back(self, inode: Inode) -> None:
+        """Raise ChangesLost, once, if changes of this file were lost."""
+        if inode in self.went_back:
+            self.went_back.discard(inode)
+            raise ChangesLost("the meta server stopped, and changes of this file that were not synced are lost")
 
     def __iter__(self) -> Iterator[File]:
         return iter(list(self._files.values()))

@@ -14,7 +14,7 @@ from mendfs.client.recent import Recent
 from mendfs.client.shared import Shared
 from mendfs.client.writer import Writer
 from mendfs.errors import CommitRefused, OperationError
-from mendfs.model import Attributes, Inode
+from mendfs.model import Attributes, CommitSequence, Generation, Inode
 from mendfs.wire.messages import Message
 from mendfs.wire.messages import meta as messages
 from mendfs.wire.messages.meta import RequestId
@@ -126,31 +126,42 @@ class Names:
         self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes, flags: int
     ) -> Attributes | None:
         """As renameat2; returns what was replaced. What replaces something is made durable before."""
-        if not flags & RENAME_NOREPLACE and (self._durability.has_unsynced or self._writer.dirty_files()):
-            await self._secure(parent, name, new_parent, new_name)
+        seen, generation = CommitSequence(0), Generation(0)
+        files = self._shared.files
+        if not flags & RENAME_NOREPLACE and (
+            self._durability.has_unsynced or files.went_back or self._writer.dirty_files()
+        ):
+            source = await self._secure(parent, name, new_parent, new_name)
+            if source is not None:
+                seen, generation = source.version, self._shared.session.generation
+                files.tell_went_back(source.inode)
         now_ns = self._now_ns()
         removed = await self._shared.session.change(
-            lambda at: messages.Rename(at, parent, name, new_parent, new_name, flags, now_ns), messages.Removed
+            lambda at: messages.Rename(at, parent, name, new_parent, new_name, flags, now_ns, seen, generation),
+            messages.Removed,
         )
         return self._removed(removed)
 
-    async def _secure(self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes) -> None:
-        """Write to a new file, rename over the old one: a power cut must leave one of them (design section 5)."""
+    async def _secure(self, parent: Inode, name: bytes, new_parent: Inode, new_name: bytes) -> File | None:
+        """Write to a new file, rename over the old one: a power cut must leave one of them (design section 5).
+
+        Returns the source, if it is a file that is known here and something would be replaced.
+        """
         source, target = await asyncio.gather(
             self.lookup(parent, name), self.lookup(new_parent, new_name), return_exceptions=True
         )
         for found in (source, target):
             if isinstance(found, OperationError):
-                return  # nothing there to replace, or nothing to rename: the rename itself will say
+                return None  # nothing there to replace, or nothing to rename: the rename itself will say
             if isinstance(found, BaseException):
                 raise found
         assert isinstance(source, Attributes), "an error would have been raised"
         file = self._shared.files.find(source.inode)
-        if file is None or not (file.is_dirty or file.unsynced):
-            return
-        with file.durability_awaited():
-            await self._writer.drain(file)
-            await self._durability.sync_data([file])
+        if file is not None and (file.is_dirty or file.unsynced):
+            with file.durability_awaited():
+                await self._writer.drain(file)
+                await self._durability.sync_data([file])
+        return file
 
     async def set_attributes(
         self,
@@ -206,6 +217,7 @@ class Names:
             # just being opened with O_TRUNC.
             file.was_emptied = True
             file.emptied_count += 1
+            self._shared.files.went_back.discard(file.inode)
             file.unsynced.clear()
         return file.shown(attributes)
 

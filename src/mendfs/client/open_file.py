@@ -104,6 +104,7 @@ class OpenFile:
                 raise errors.exceptions[0] from None
             await self._durability.sync_data([self._file])
         await self._durability.sync_log_to(max(changed, self._file.version))
+        self._durability.made_durable(self._file)
         self._file.take_error()
 
     async def release(self) -> None:

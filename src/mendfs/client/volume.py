@@ -35,7 +35,7 @@ from mendfs.client.uploader import Uploader
 from mendfs.client.watch import Reach, watch
 from mendfs.client.where import Where, WhereSlot
 from mendfs.client.writer import Writer
-from mendfs.errors import MendfsError, OperationError
+from mendfs.errors import ChangesLost, MendfsError, OperationError
 from mendfs.model import Attributes, BlockId, CommitSequence, Inode, ServerView, Table
 from mendfs.wire.messages import meta as messages
 from mendfs.wire.messages.meta import Listing, VolumeStat
@@ -402,7 +402,7 @@ class Volume:
     def went_back(self, survived: CommitSequence) -> None:
         """See SessionOwner."""
         self._names.recent.clear()
-        self._durability.lost(MendfsError("the meta server stopped, and changes that were not synced are lost"))
+        self._durability.lost(ChangesLost("the meta server stopped, and changes that were not synced are lost"))
         for file in self._shared.files:
             if file.version <= survived:
                 continue  # as it was then, it still is
@@ -410,8 +410,9 @@ class Volume:
             file.forget_all()
             if file.opens:
                 file.errors.append(
-                    MendfsError("the meta server stopped, and changes of this file that were not synced are lost")
+                    ChangesLost("the meta server stopped, and changes of this file that were not synced are lost")
                 )
+            self._shared.files.went_back.add(file.inode)
 
     def table_changed(self, table: Table, servers: tuple[ServerView, ...]) -> None:
         """See SessionOwner."""

@@ -9,11 +9,11 @@ import stat
 
 import msgspec
 
-from mendfs.errors import BadMessage, OperationError
+from mendfs.errors import BadMessage, ChangesLost, OperationError
 from mendfs.kv.engine import Transaction
 from mendfs.meta import schema
 from mendfs.meta.inodes import changed, find, find_directory, new_record, touch, visible, write
-from mendfs.model import NAME_BYTES_MAX, PATH_BYTES_MAX, ROOT_INODE, Attributes, Inode, SessionId
+from mendfs.model import NAME_BYTES_MAX, PATH_BYTES_MAX, ROOT_INODE, Attributes, Generation, Inode, SessionId
 from mendfs.wire.messages import meta as messages
 
 LINKS_MAX = 1 << 30
@@ -278,6 +278,7 @@ async def rename(tx: Transaction, request: messages.Rename, openers: Openers) ->
             # POSIX: two names of one file, nothing happens.
             return None
         await _check_replaceable(tx, source, target)
+        await _check_survived(tx, request)
         replaced = _lose_name(tx, await find(tx, target.inode), request.now_ns, openers.of(target.inode))
     tx.delete(schema.name_key(request.parent, request.name))
     tx.put(schema.name_key(request.new_parent, request.new_name), schema.NAME.encode(source))
@@ -286,6 +287,15 @@ async def rename(tx: Transaction, request: messages.Rename, openers: Openers) ->
     await _move_links(tx, request, old=-moved, new=moved - gone)
     await _hand_over(tx, source.inode, request.new_parent, request.now_ns)
     return None if replaced is None else visible(replaced)
+
+
+async def _check_survived(tx: Transaction, request: messages.Rename) -> None:
+    """Raise ChangesLost if an earlier life of the server took what the client knows of the source with it."""
+    raw = await tx.get(schema.life_key(Generation(request.generation + 1))) if request.generation else None
+    if raw is not None and request.source_seen > schema.NUMBER.decode(raw):
+        raise ChangesLost(
+            "the meta server stopped before the contents of what is renamed were durable: nothing was replaced"
+        )
 
 
 async def _exchange(

@@ -8,6 +8,7 @@ killed process are never run again, not even its `finally` blocks, as after kill
 import asyncio
 import contextvars
 import heapq
+import sys
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -334,12 +335,15 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._is_closed = True
         self._ready.clear()
         self._timers.clear()
-        before = asyncio._get_running_loop()
+        before, told = asyncio._get_running_loop(), sys.unraisablehook
         asyncio._set_running_loop(self)
+        # What is ended in the middle may protest, and what it waited for too: nobody is there to be told.
+        sys.unraisablehook = lambda _: None
         try:
             for tasks in everything:
                 tasks.end_all()
         finally:
+            sys.unraisablehook = told
             asyncio._set_running_loop(before)
 
     get_debug = staticmethod(bool)

@@ -13,6 +13,7 @@ from mendfs.model import (
     BlockId,
     CommitSequence,
     Extent,
+    Generation,
     Inode,
     Partition,
     Seen,
@@ -244,7 +245,11 @@ class Removed(msgspec.Struct, frozen=True, tag="removed", forbid_unknown_fields=
 
 
 class Rename(msgspec.Struct, frozen=True, tag="rename", forbid_unknown_fields=True):
-    """As renameat2: `flags` 0, RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2). Answer: `Removed`: what was replaced."""
+    """As renameat2: `flags` 0, RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2). Answer: `Removed`: what was replaced.
+
+    Or ChangesLost, if something would be replaced by contents that a restarted server has lost: an application that
+    writes a new file and renames it over the old one must never be left with neither.
+    """
 
     at: RequestId
     parent: Inode
@@ -253,6 +258,10 @@ class Rename(msgspec.Struct, frozen=True, tag="rename", forbid_unknown_fields=Tr
     new_name: bytes
     flags: int
     now_ns: int
+    source_seen: CommitSequence = CommitSequence(0)
+    """The newest change of what is renamed that this client knows of."""
+    generation: Generation = Generation(0)
+    """In which it knows of that; 0: of none."""
 
 
 class SetAttributes(msgspec.Struct, frozen=True, tag="set_attributes", forbid_unknown_fields=True):
