@@ -40,8 +40,8 @@ DRILLS: tuple[Callable[[Yard], Awaitable[None]], ...] = (
 )
 
 
-DRILLS_A_RUN = 8
-"""A run takes a third of them, drawn from its seed: all would be a quarter of its time, and seeds are many."""
+DRILLS_A_RUN = 5
+"""A run takes a fifth of them, drawn from its seed: all would be a third of its time, and seeds are many."""
 DRILL_S_MAX = 300.0
 """The longest takes a minute: what a call of its waits for will never come."""
 
