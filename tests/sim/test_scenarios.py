@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from mendfs.data import server as data_server
+from mendfs.data.store import Store
 from mendfs.errors import ChangesLost
 from mendfs.meta import schema
 from mendfs.model import ROOT_INODE
@@ -160,3 +162,51 @@ def test_contents_that_a_power_cut_took_replace_nothing(when: str) -> None:
 
         sim.run(main())
         assert not sim.problems
+
+
+def test_a_store_that_is_being_opened_anew_is_not_opened_a_second_time_by_a_registration() -> None:
+    """Its disk had been full. The connection to the meta server ended while the store was opened anew, and the new
+    registration opened it too: what one acknowledged the other did not have (found by seed 10057 of profile mixed)."""
+    opening, most = 0, 0
+    with Simulation(seed=4) as sim:
+        real = vars(data_server)["open_store"]
+
+        async def open_slowly(*args: Any, **kwargs: Any) -> Store:
+            nonlocal opening, most
+            opening += 1
+            most = max(most, opening)
+            await asyncio.sleep(3)
+            store: Store = await real(*args, **kwargs)
+            opening -= 1
+            return store
+
+        async def main() -> None:
+            volume = await sim.open()
+            machine = sim.data[0]
+            made = await volume.make(ROOT_INODE, b"f", stat.S_IFREG | 0o644, uid=0, gid=0, open=True)
+            opened = await volume.open_made(made, flags=2)
+            await opened.write(b"x" * 60_000, 0)
+            await opened.fsync()
+            server = machine.server
+            assert server is not None
+            machine.disk.rules.is_full = True
+            await opened.write(b"y" * 60_000, 0)
+            await opened.flush()
+            while server.store is not None and not server.store.failed.done():
+                await asyncio.sleep(0.1)
+            vars(data_server)["open_store"] = open_slowly
+            machine.disk.rules.is_full = False
+            while not opening:
+                await asyncio.sleep(0.1)
+            for connection in list(sim.network.connections):
+                if set(connection.hosts) == {"meta", "data0"}:
+                    sim.network.reset(connection, told=None)
+            await asyncio.sleep(10)
+            vars(data_server)["open_store"] = real
+            assert server.store is not None and not server.store.failed.done()
+            await opened.write(b"z" * 60_000, 0)
+            await opened.fsync()
+
+        sim.run(main())
+        assert not sim.problems
+        assert most == 1

@@ -5,6 +5,7 @@ one has no store before it knows the volume's parameters, and requests wait for 
 """
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -107,6 +108,8 @@ class DataServer:
         self._registering: asyncio.Task[None] | None = None
         self._guarding: asyncio.Task[None] | None = None
         self._reviving: asyncio.Task[None] | None = None
+        self._lacks_room = False
+        """The store waits for room on its disk to be opened anew."""
         self._handlers: dict[type, Handler] = {
             Ping: self._ping,
             messages.SyncStore: self._sync,
@@ -198,7 +201,8 @@ class DataServer:
         """The meta server said who we are."""
         self._folder.check(answer.number, answer.volume, self._options.meta)
         await self._world.disk.run(self._folder.write, answer.number, answer.volume)
-        if self.store is None:
+        # One that is being opened anew is not to be opened twice: each would append to the same files.
+        if self.store is None and (self._reviving is None or self._reviving.done()):
             await self._open_store()
 
     def _beat(self) -> messages.Heartbeat:
@@ -251,7 +255,7 @@ class DataServer:
 
     async def _open_store(self, *, is_index_damaged: bool = False) -> None:
         mine, options = self._folder.identity, self._options
-        assert mine.volume is not None
+        assert mine.volume is not None and self.store is None, "nobody else has it open"
         self.store = await open_store(
             self._world,
             options.dir,
@@ -295,6 +299,7 @@ class DataServer:
             await self._open_store(is_index_damaged=is_index_damaged)
         except (EngineFull, StoreFull) as error:
             log.error("the store cannot be opened anew yet", error=str(error))
+            self._lacks_room = True
             return False
         return True
 
@@ -304,8 +309,10 @@ class DataServer:
         while True:
             try:
                 await disk.run(self._folder.try_writing, PROBE_BYTES)
+                self._lacks_room = False
                 return
             except OSError as error:
+                self._lacks_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 log.info("the folder cannot be written yet", dir=self._options.dir, error=error.strerror)
             try:
                 if await disk.run(self._folder.give_up_spare):
@@ -323,6 +330,9 @@ class DataServer:
                 async with asyncio.timeout(STORE_WAIT_S):
                     await self._has_store.wait()
             except TimeoutError:
+                if self._lacks_room:
+                    # Writers are to be told of a full disk, as they are before and after.
+                    raise StoreFull("the disk of this data server is too full for its store to be opened") from None
                 raise StoreFailed("the store of this data server is still being opened: see its log") from None
         return self.store
 

@@ -69,6 +69,7 @@ class FileSession:
         self._losses = workload.meta_losses
         self._server_losses = workload.server_losses
         self._had_error = False
+        self._appends = False
         self._doubts: list[str] = []
         """Reads that were wrong, unless the next write, fsync or close tells of a write that was lost before them."""
         self._answered = 0
@@ -82,7 +83,7 @@ class FileSession:
         """Open, a few steps, close."""
         await self._workload.driver.ready(self._client)
         self._life = self._client.process
-        append = self._rng.random() < 0.15
+        append = self._appends = self._rng.random() < 0.15
         flags = os.O_RDWR | (os.O_APPEND if append else 0)
         if self._rng.random() < 0.07:
             flags |= os.O_TRUNC
@@ -117,6 +118,8 @@ class FileSession:
     def _uncertain(self) -> None:
         for event in self._written:
             self._file.happened(event, is_certain=False)
+        # What was appended while the meta server lost something lies where the file ended by then.
+        self._file.is_beyond_knowing |= self._appends and self._is_disturbed() and bool(self._written)
         self._written = []
         self._file.is_unsure = True
         self._workload.leave_alone(self._file)
@@ -148,7 +151,8 @@ class FileSession:
         length = self._rng.choice([1, 100, 512, 1000, 4096, 8192, self._rng.randrange(1, WRITE_BYTES_MAX)])
         size = self._view_size()
         offset = size if append else self._rng.randrange(0, max(1, min(FILE_BYTES_MAX - WRITE_BYTES_MAX, size + 3000)))
-        if offset + length > FILE_BYTES_MAX:
+        # Where an append goes is not known either while the meta server may have lost what the size comes from.
+        if offset + length > FILE_BYTES_MAX or (append and (self._is_disturbed() or self._file.is_unsure)):
             return True
         event = Event(self._client.name, offset, self._workload.data(length))
         assert event.data is not None

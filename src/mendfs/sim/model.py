@@ -142,6 +142,8 @@ class FileState:
         """(how many events of `since` there were, servers that lost what was not synced)."""
         self.unreadable: list[tuple[int, int]] = []
         """Ranges that no server may have any more."""
+        self.is_beyond_knowing = False
+        """Nothing can be said of its bytes any more: it is left alone."""
         self.is_unsure = False
         """More may be there than is certain: look before it is used."""
 
