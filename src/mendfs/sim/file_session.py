@@ -33,7 +33,7 @@ READ_AGAIN_S = 15.0
 async def files_actor(workload: Workload) -> None:
     """Sessions on files: open, read, write, truncate, sync, close."""
     while not workload.is_over:
-        await asyncio.sleep(workload.rng.expovariate(0.45))
+        await asyncio.sleep(workload.rng.expovariate(0.35))
         name = workload.rng.choice(workload.names)
         async with workload.lock(name):
             file = name.value.file

@@ -62,7 +62,7 @@ class Appends:
         """One appender: open, a few records, close."""
         workload = self._workload
         while not workload.is_over:
-            await asyncio.sleep(self._rng.expovariate(0.15))
+            await asyncio.sleep(self._rng.expovariate(0.11))
             if not self._inode or self._bytes > APPENDED_BYTES_MAX:
                 if self._writing:
                     continue
@@ -199,7 +199,7 @@ class Replaced:
         """New versions, one after the other."""
         workload = self._workload
         while not workload.is_over:
-            await asyncio.sleep(self._rng.expovariate(0.15))
+            await asyncio.sleep(self._rng.expovariate(0.11))
             async with self._lock:
                 self._attempted += 1
                 version = self._attempted
@@ -247,7 +247,7 @@ class Replaced:
     async def reader(self) -> None:
         """Looks at it now and then."""
         while not self._workload.is_over:
-            await asyncio.sleep(self._rng.expovariate(0.15))
+            await asyncio.sleep(self._rng.expovariate(0.11))
             await self.check(self._workload.client(), final=False)
 
     async def check(self, client: ClientMachine, *, final: bool) -> None:

@@ -71,7 +71,7 @@ class TreeActor:
         while not workload.is_over and not await self._begin():
             await asyncio.sleep(5.0)
         while not workload.is_over:
-            await asyncio.sleep(self._rng.expovariate(0.6))
+            await asyncio.sleep(self._rng.expovariate(0.45))
             client = workload.client()
             await workload.driver.ready(client)
             if self._is_unsure:

@@ -235,7 +235,7 @@ class Workload:
     async def names_actor(self) -> None:
         """Operations on names, one after the other."""
         while not self.is_over:
-            await asyncio.sleep(self.rng.expovariate(0.6))
+            await asyncio.sleep(self.rng.expovariate(0.45))
             first, second = self.rng.sample(self.names, 2)
             # In one order for everybody, lest two wait for each other.
             ordered = sorted((first, second), key=lambda name: (name.directory, name.name))
