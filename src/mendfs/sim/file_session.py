@@ -69,7 +69,8 @@ class FileSession:
         self._losses = workload.meta_losses
         self._server_losses = workload.server_losses
         self._had_error = False
-        self._appends = False
+        self._uses_size = False
+        """It has appended or allocated."""
         self._doubts: list[str] = []
         """Reads that were wrong, unless the next write, fsync or close tells of a write that was lost before them."""
         self._answered = 0
@@ -83,7 +84,7 @@ class FileSession:
         """Open, a few steps, close."""
         await self._workload.driver.ready(self._client)
         self._life = self._client.process
-        append = self._appends = self._rng.random() < 0.15
+        append = self._uses_size = self._rng.random() < 0.15
         flags = os.O_RDWR | (os.O_APPEND if append else 0)
         if self._rng.random() < 0.07:
             flags |= os.O_TRUNC
@@ -118,8 +119,8 @@ class FileSession:
     def _uncertain(self) -> None:
         for event in self._written:
             self._file.happened(event, is_certain=False)
-        # What was appended while the meta server lost something lies where the file ended by then.
-        self._file.is_beyond_knowing |= self._appends and self._is_disturbed() and bool(self._written)
+        # What depended on the size when the meta server lost something was done with the size of that moment.
+        self._file.is_beyond_knowing |= self._uses_size and self._is_disturbed() and bool(self._written)
         self._written = []
         self._file.is_unsure = True
         self._workload.leave_alone(self._file)
@@ -173,6 +174,8 @@ class FileSession:
 
     async def _allocate(self, opened: OpenFile) -> bool:
         """fallocate: room, a hole, or zeros."""
+        if self._is_disturbed() or self._file.is_unsure:
+            return True  # what it does depends on the size
         size = self._view_size()
         mode = self._rng.choice([0, PUNCH, ZERO, ZERO_INSIDE])
         offset = self._rng.randrange(0, max(1, min(FILE_BYTES_MAX - WRITE_BYTES_MAX, size + 3000)))
@@ -181,6 +184,7 @@ class FileSession:
         upto = min(end, size) if mode in (PUNCH, ZERO_INSIDE) else end
         if begin < upto:
             self._written.append(Event(self._client.name, begin, bytes(upto - begin)))
+        self._uses_size = True
         self._answered = self._workload.operations
         what = f"allocate {end - offset} at {offset} with mode {mode:#x} of"
         return self._continues(await self._call(what, lambda _: opened.allocate(mode, offset, end - offset)))
