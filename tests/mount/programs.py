@@ -1,7 +1,7 @@
 """Programs that people really run, for tests: with a deadline, perhaps as an ordinary user, and gone afterwards.
 
 A program that is missing skips its test and says which Debian package has it; `./dev test` installs them all.
-MENDFS_SHORT=1 gives the longest of them less to do.
+MENDFS_SHORT=1 gives the longest of them less to do, and so does a slow machine unless MENDFS_LONG=1 is set.
 """
 
 import contextlib
@@ -12,7 +12,9 @@ import shutil
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ import pytest
 
 from tests.real_cluster import RealCluster, until
 
-IS_LONG = not os.environ.get("MENDFS_SHORT")
-"""Some programs have more to do, which shows the same more often."""
+SLOW_CREATE_S = 0.008
+"""Where making a small file takes longer than this, two to four times the usual, programs get less to do: a virtual
+environment with pip is 1,500 files, and a test that takes minutes is no test of every day."""
 TIMEOUT_S = 300
 """A program that takes longer hangs: each takes seconds, on a loaded machine some tens of them."""
 PYTHON = "/usr/bin/python3"
@@ -98,6 +101,20 @@ class Place:
         # Only root may say who a program is; an ordinary user's tests are all their own.
         self._become: dict[str, Any] = {"user": who.pw_uid, "group": who.pw_gid, "extra_groups": []} if is_root else {}
         self._processes: list[subprocess.Popen[str]] = []
+
+    @cached_property
+    def is_long(self) -> bool:
+        """Whether programs have all to do that they are to have: unless MENDFS_SHORT is set, or the machine is slow."""
+        if os.environ.get("MENDFS_SHORT") or os.environ.get("MENDFS_LONG"):
+            return not os.environ.get("MENDFS_SHORT")
+        begun_s = time.perf_counter()
+        for number in range(20):
+            file = self.path / f"speed-{number}"
+            file.write_bytes(b"x" * 4096)
+            file.unlink()
+        took_s = (time.perf_counter() - begun_s) / 20
+        print(f"a small file takes {1000 * took_s:.1f} ms here")
+        return took_s < SLOW_CREATE_S
 
     def start(
         self, *command: object, cwd: Path | None = None, environment: Mapping[str, str] = NOTHING

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.programs import IS_LONG, PYTHON, Place, as_ordinary_user, lines, need
+from tests.mount.programs import PYTHON, Place, as_ordinary_user, lines, need
 from tests.real_cluster import needs_mounts
 
 pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
-FILES = 500 if IS_LONG else 200
+FILES, FEWER_FILES = 500, 200
 MODULES = 40
 
 
@@ -34,6 +34,7 @@ def test_git_commits_packs_and_clones_some_hundred_files(place: Place) -> None:
     need("git")
     git = Git(place)
     work = place.path / "work"
+    files = FILES if place.is_long else FEWER_FILES
     place.python(
         "import pathlib, sys\n"
         "for number in range(int(sys.argv[2])):\n"
@@ -41,12 +42,12 @@ def test_git_commits_packs_and_clones_some_hundred_files(place: Place) -> None:
         "    folder.mkdir(parents=True, exist_ok=True)\n"
         "    (folder / f'file{number}').write_text(''.join(f'{number} {line}\\n' for line in range(number % 40)))\n",
         work,
-        FILES,
+        files,
     )
     git("init", "-q", "-b", "main", cwd=work)
     git("add", "-A", cwd=work)
     git("commit", "-qm", "some hundred files", cwd=work)
-    assert len(lines(git("ls-files", cwd=work))) == FILES
+    assert len(lines(git("ls-files", cwd=work))) == files
     assert git("status", "--porcelain", cwd=work) == ""
     git("fsck", "--strict", cwd=work)
 
@@ -154,8 +155,8 @@ def test_a_virtual_environment_takes_packages_from_pip(place: Place) -> None:
         pytest.skip("python3-venv is not installed: apt-get install python3-venv")
     wheel = write_wheel(place.path)
     # pip and setuptools are 750 files, which are compiled too: the wheel that pip comes as does as well.
-    place.run(PYTHON, "-m", "venv", *([] if IS_LONG else ["--without-pip"]), "environment")
-    pip = ["-m", "pip"] if IS_LONG else [place.run(PYTHON, "-c", BUNDLED_PIP).strip()]
+    place.run(PYTHON, "-m", "venv", *([] if place.is_long else ["--without-pip"]), "environment")
+    pip = ["-m", "pip"] if place.is_long else [place.run(PYTHON, "-c", BUNDLED_PIP).strip()]
     python = place.path / "environment" / "bin" / "python"
     place.run(python, *pip, "install", "--no-index", "--quiet", "--disable-pip-version-check", wheel)
     assert place.run(place.path / "environment" / "bin" / "greet") == "hi how are you\n"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.programs import IS_LONG, PATH, Place, descendants, kill_tree
+from tests.mount.programs import PATH, Place, descendants, kill_tree
 from tests.real_cluster import needs_mounts, until
 
 pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
 CLIENTS = 4
-SECONDS = 30 if IS_LONG else 10
+SECONDS, FEWER_SECONDS = 30, 10
 DATABASE = "postgres"
 """The one that initdb makes."""
 SUMS = (
@@ -102,7 +102,9 @@ def test_postgresql_recovers_every_acknowledged_transaction_after_a_kill(place: 
     server.run("initdb", "-D", server.data, "--auth=trust", "--encoding=UTF8", "--data-checksums")
     server.start()
     server.run("pgbench", "--initialize", "--quiet", "--scale=2")
-    out = server.run("pgbench", f"--time={SECONDS}", f"--client={CLIENTS}", "--no-vacuum")
+    out = server.run(
+        "pgbench", f"--time={SECONDS if place.is_long else FEWER_SECONDS}", f"--client={CLIENTS}", "--no-vacuum"
+    )
     print(out)
     committed = transactions(out)
     assert server.number("SELECT count(*) FROM pgbench_history") == committed > 0

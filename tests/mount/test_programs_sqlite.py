@@ -6,13 +6,13 @@ import signal
 
 import pytest
 
-from tests.mount.programs import IS_LONG, ORDINARY, PYTHON, Place, kill_tree, need
+from tests.mount.programs import ORDINARY, PYTHON, Place, kill_tree, need
 from tests.real_cluster import needs_mounts
 
 pytestmark = [needs_mounts, pytest.mark.timeout(600)]
 
-TRANSACTIONS = 1000 if IS_LONG else 300
-KILLED_AT = tuple(TRANSACTIONS * part // 100 for part in (14, 50, 86))
+TRANSACTIONS, FEWER_TRANSACTIONS = 1000, 300
+KILLED_AT_PERCENT = (14, 50, 86)
 
 # Says each transaction only after its COMMIT has returned. Two rows change in each, so half of one would be seen.
 WRITER = """
@@ -45,9 +45,9 @@ json.dump({
 """
 
 
-def write(place: Place, database: object, mode: str, begin: int, *, killed_at: int | None) -> int:
+def write(place: Place, database: object, mode: str, begin: int, end: int, *, killed_at: int | None) -> int:
     """The number of the last transaction that was acknowledged."""
-    writer = place.start(PYTHON, "-c", WRITER, database, mode, begin, TRANSACTIONS)
+    writer = place.start(PYTHON, "-c", WRITER, database, mode, begin, end)
     assert writer.stdout is not None
     last = begin - 1
     for line in writer.stdout:
@@ -77,16 +77,16 @@ def check(place: Place, database: object, acknowledged: int) -> int:
 def test_sqlite_keeps_every_acknowledged_transaction_through_kills(place: Place, mode: str) -> None:
     need("python3", "sqlite3")
     database = place.path / "database"
-    done = 0
-    for killed_at in KILLED_AT:
-        acknowledged = write(place, database, mode, done, killed_at=killed_at)
+    done, end = 0, TRANSACTIONS if place.is_long else FEWER_TRANSACTIONS
+    for killed_at in (end * percent // 100 for percent in KILLED_AT_PERCENT):
+        acknowledged = write(place, database, mode, done, end, killed_at=killed_at)
         assert acknowledged >= killed_at
         done = check(place, database, acknowledged)
-    assert write(place, database, mode, done, killed_at=None) == TRANSACTIONS - 1
-    assert check(place, database, TRANSACTIONS - 1) == TRANSACTIONS
+    assert write(place, database, mode, done, end, killed_at=None) == end - 1
+    assert check(place, database, end - 1) == end
     with place.second_mount() as second:
         shell = place.run("sqlite3", second / "database", "PRAGMA integrity_check; SELECT count(*) FROM items")
-        assert shell.split() == ["ok", str(TRANSACTIONS)]
+        assert shell.split() == ["ok", str(end)]
     assert place.run("sqlite3", database, "VACUUM; PRAGMA integrity_check").split() == ["ok"]
 
 
