@@ -308,7 +308,7 @@ EDITS: dict[str, list[Edit]] = {
     ],
     # Clients (design section 6).
     "rename-over-unsynced": [
-        Edit(names.Names, "rename", "await self._secure(parent, name, new_parent, new_name)", "pass")
+        Edit(names.Names, "_secure", "if file is not None and (file.is_dirty or file.unsynced):", "if False:")
     ],
     "close-does-not-commit": [
         Edit(
