@@ -10,14 +10,13 @@ import asyncio
 import structlog
 
 from mendfs.errors import Conflict, EngineUnreadable, Fenced, MendfsError
-from mendfs.kv.engine import Transaction, run
+from mendfs.kv.engine import run
 from mendfs.meta import freeing, truncate
 from mendfs.meta.members import DISK_STUCK_S, TICK_S
 from mendfs.meta.ranges import end as end_session
-from mendfs.meta.schema import Kind, all_of, open_unlinked_key
 from mendfs.meta.sessions import Session, purge_answers
 from mendfs.meta.state import DATA_CALL_S, State
-from mendfs.model import BlockId, CommitSequence, Inode, Partition, ServerNumber, SessionId, Slot
+from mendfs.model import BlockId, CommitSequence, Inode, Partition, ServerNumber, Slot
 from mendfs.wire.messages import data as data_messages
 
 log = structlog.get_logger("meta")
@@ -87,22 +86,13 @@ async def close_session(state: State, session: Session) -> None:
     """End a session: no commit of it can come after, and what only it held open may be freed."""
     await run(state.engine, end_session, session.id, state.world.now_ns())
     state.sessions.remove(session.id)
-    await run(state.engine, freeing.forget_opens, session.id, frozenset())
+    await run(state.engine, freeing.forget_opens, lambda _, holder: holder == session.id)
     state.work.set()
 
 
 async def _sweep_opens(state: State) -> None:
     """Remove opens whose session is gone."""
-
-    async def operation(tx: Transaction) -> None:
-        stale = [
-            (Inode(int.from_bytes(key[1:9], "big")), SessionId(int.from_bytes(key[9:], "big")))
-            for key, _ in await tx.range(*all_of(Kind.OPEN_UNLINKED), limit=10_000)
-        ]
-        for inode, session in [pair for pair in stale if state.sessions.get(pair[1]) is None][:90]:
-            tx.delete(open_unlinked_key(inode, session))
-
-    await run(state.engine, operation)
+    await run(state.engine, freeing.forget_opens, lambda _, session: state.sessions.get(session) is None)
 
 
 async def sync_forever(state: State) -> None:

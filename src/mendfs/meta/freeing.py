@@ -6,7 +6,7 @@ first half takes references from blocks, and those without any die into the seco
 resumable transaction; a step that is done twice finds nothing left to do.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable
 
 import msgspec
 
@@ -130,13 +130,10 @@ async def close_unlinked(tx: Transaction, session: SessionId, inodes: tuple[Inod
         tx.delete(schema.open_unlinked_key(inode, session))
 
 
-async def forget_opens(tx: Transaction, session: SessionId, kept: Collection[Inode]) -> bool:
-    """Remove a session's opens of unlinked inodes but for `kept`, as many as a transaction takes. True if more wait."""
-    stale = [
-        key
-        for key, _ in await tx.range(*schema.all_of(schema.Kind.OPEN_UNLINKED), limit=OPENS_LOOKED_AT)
-        if int.from_bytes(key[9:], "big") == session and schema.number_in(key) not in kept
-    ]
+async def forget_opens(tx: Transaction, is_stale: Callable[[Inode, SessionId], bool]) -> bool:
+    """Remove the stale opens of unlinked inodes, as many as a transaction takes. True if more wait."""
+    found = await tx.range(*schema.all_of(schema.Kind.OPEN_UNLINKED), limit=OPENS_LOOKED_AT)
+    stale = [key for key, _ in found if is_stale(*schema.open_unlinked_in(key))]
     for key in stale[:OPENS_FORGOTTEN_A_STEP]:
         tx.delete(key)
     return len(stale) > OPENS_FORGOTTEN_A_STEP

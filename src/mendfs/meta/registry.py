@@ -140,7 +140,11 @@ class Registry:
             await run(self._state.engine, freeing.reclaim_unlinked, session.id, part)
         # What it has told us it closed may be among what a power cut has taken: then it will not say so again.
         kept = frozenset(request.opens)
-        while (await run(self._state.engine, freeing.forget_opens, session.id, kept))[0]:
+
+        def is_stale(inode: Inode, holder: SessionId) -> bool:
+            return holder == session.id and inode not in kept
+
+        while (await run(self._state.engine, freeing.forget_opens, is_stale))[0]:
             await asyncio.sleep(0)
         self._state.work.set()
         session.peer, session.reclaimed = peer, True

@@ -258,6 +258,12 @@ def open_unlinked_key(inode: Inode, session: SessionId) -> bytes:
     return _TWO.pack(Kind.OPEN_UNLINKED, inode, session)
 
 
+def open_unlinked_in(key: bytes) -> tuple[Inode, SessionId]:
+    """What an OPEN_UNLINKED key says."""
+    _, inode, session = _TWO.unpack(key)
+    return Inode(inode), SessionId(session)
+
+
 def unlinked_key(inode: Inode) -> bytes:
     """-> empty: no name is left; freed when nobody has it open."""
     return _ONE.pack(Kind.UNLINKED, inode)

@@ -219,15 +219,7 @@ EDITS: dict[str, list[Edit]] = {
     "sessions-never-end": [Edit(sessions.Sessions, "due", "if session.deadline_s < at_s]", "if False]")],
     "lease-counts-own-pause": [Edit(sessions.Sessions, "due", "at_s - before > OWN_PAUSE_S", "False")],
     "ended-session-keeps-ranges": [Edit(ranges, "end", 'tx.delete(schema.range_key("block", index))', "pass")],
-    "ended-session-keeps-opens": [
-        Edit(
-            background,
-            "close_session",
-            "await run(state.engine, freeing.forget_opens, session.id, frozenset())",
-            "pass",
-        ),
-        Edit(background, "_sweep_opens", "[:90]", "[:0]"),
-    ],
+    "ended-session-keeps-opens": [Edit(freeing, "forget_opens", "stale[:OPENS_FORGOTTEN_A_STEP]", "stale[:0]")],
     "log-not-synced-by-itself": [Edit(background, "sync_forever", "await state.sync_log()", "pass")],
     "failed-log-sync-ignored": [
         Edit(optimistic.OptimisticEngine, "_sync_all", "self._failure = str(error)\n        raise", "pass")
