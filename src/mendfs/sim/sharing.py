@@ -224,9 +224,11 @@ class Replaced:
                 raise
         made = await volume.make(ROOT_INODE, beside, stat.S_IFREG | 0o644, uid=0, gid=0, open=True)
         opened = await volume.open_made(made, flags=os.O_RDWR)
-        await opened.write(self._content(version), 0)
-        await opened.flush()
-        await opened.release()
+        try:
+            await opened.write(self._content(version), 0)
+            await opened.flush()
+        finally:
+            await opened.release()
         await volume.rename(ROOT_INODE, beside, ROOT_INODE, self._name)
         if durable:
             await volume.sync()
@@ -238,11 +240,13 @@ class Replaced:
         else:
             found = await volume.lookup(ROOT_INODE, self._name)
             opened = await volume.open_file(found.inode, flags=os.O_RDWR | os.O_TRUNC)
-        await opened.write(self._content(version), 0)
-        if durable:
-            await opened.fsync()
-        await opened.flush()
-        await opened.release()
+        try:
+            await opened.write(self._content(version), 0)
+            if durable:
+                await opened.fsync()
+            await opened.flush()
+        finally:
+            await opened.release()
 
     async def reader(self) -> None:
         """Looks at it now and then."""
